@@ -1,0 +1,213 @@
+"""Case (machine state before an instruction) and Outcome (after it) as values.
+
+The exchange form of both is docs/case-format.md; `emufuzz.case.json` converts without loss.
+What ordinary instructions leave alone (segments, control, debug and model-specific registers,
+FPU) sits in one shared, immutable `System`, so that a batch of cases and its outcomes refer to
+the same object, and engines may keep what they derive from it. Guest memory likewise: `Memory`
+is immutable and shared, an outcome holds only the pages that changed.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, Final, TypeAlias
+
+import msgspec
+
+PAGE_SIZE: Final = 4096
+PAGE_SHIFT: Final = 12
+PAGE_MASK: Final = PAGE_SIZE - 1
+ZERO_PAGE: Final = bytes(PAGE_SIZE)
+
+
+class Segment(msgspec.Struct, frozen=True, gc=False):
+    """A segment register with its hidden part; `limit` in bytes. All zero = unusable (p = 0)."""
+
+    sel: int = 0
+    base: int = 0
+    limit: int = 0
+    type: int = 0
+    s: int = 0
+    dpl: int = 0
+    p: int = 0
+    avl: int = 0
+    l: int = 0  # noqa: E741 - the architectural name of the bit
+    db: int = 0
+    g: int = 0
+
+
+UNUSABLE: Final = Segment()
+
+
+class Fpu(msgspec.Struct, frozen=True):
+    """x87/MMX/SSE state. `ftw` is the abridged tag byte (0 = all empty); 16 XMM, 8 MM registers."""
+
+    fcw: int = 0x37F
+    fsw: int = 0
+    ftw: int = 0
+    mxcsr: int = 0x1F80
+    xmm: tuple[int, ...] = (0,) * 16
+    mm: tuple[int, ...] = (0,) * 8
+
+
+DEFAULT_FPU: Final = Fpu()
+
+
+class TableRegister(msgspec.Struct, frozen=True, gc=False):
+    """GDTR or IDTR: linear base and limit in bytes."""
+
+    base: int = 0
+    limit: int = 0
+
+
+class System(msgspec.Struct, frozen=True, dict=True):
+    """Everything but GPRs, RIP, RFLAGS and memory; `seg` in VCPU_SREG_* order, `msr` sorted pairs."""
+
+    seg: tuple[Segment, ...] = (UNUSABLE,) * 8
+    gdtr: TableRegister = TableRegister()
+    idtr: TableRegister = TableRegister()
+    cr0: int = 0
+    cr2: int = 0
+    cr3: int = 0
+    cr4: int = 0
+    cr8: int = 0
+    efer: int = 0
+    xcr0: int = 0
+    dr: tuple[int, ...] = (0,) * 8
+    msr: tuple[tuple[int, int], ...] = ()
+    fpu: Fpu = DEFAULT_FPU
+
+
+class Memory(msgspec.Struct, frozen=True, dict=True):
+    """Flat memory: `entries` of (linear address, bytes).
+
+    A page exists if an entry starts in it or covers it. Bytes not covered are zero; where
+    entries overlap the later one wins. Empty bytes make a page of zeros.
+    """
+
+    entries: tuple[tuple[int, bytes], ...] = ()
+
+    @cached_property
+    def pages(self) -> dict[int, bytes]:
+        """Page number (address >> 12) -> its 4096 bytes."""
+        build: dict[int, bytearray] = {}
+        for addr, data in self.entries:
+            _lay(build, addr, data)
+        return {pfn: bytes(page) for pfn, page in build.items()}
+
+
+def _lay(pages: dict[int, bytearray], addr: int, data: bytes) -> None:
+    """Write `data` at `addr`, making the pages it starts in and covers."""
+    done = 0
+    while True:
+        pfn, offset = divmod(addr + done, PAGE_SIZE)
+        page = pages.setdefault(pfn, bytearray(PAGE_SIZE))
+        part = data[done : done + PAGE_SIZE - offset]
+        page[offset : offset + len(part)] = part
+        done += len(part)
+        if done >= len(data):
+            return
+
+
+NO_MEMORY: Final = Memory()
+
+
+class Case(msgspec.Struct, frozen=True):
+    """One machine state before an instruction (docs/case-format.md, Case).
+
+    `gpr` has 16 values in VCPU_REGS_* order. `extra` holds the fields that only the KVM model
+    reads (`phys`, `devices`, `kvm`, `callbacks`), as decoded JSON.
+    """
+
+    id: str
+    mode: str
+    code: bytes
+    gpr: tuple[int, ...]
+    rip: int
+    rflags: int
+    system: System
+    mem: Memory = NO_MEMORY
+    count: int = 1
+    port_in: bytes = b""
+    vendor: str = "intel"
+    emul_type: int = 0
+    single: int = 0
+    path: str | None = None
+    extra: dict[str, Any] | None = None
+
+
+#: vector, error code (None = none is pushed), faulting linear address (None = not a #PF).
+Fault: TypeAlias = tuple[int, int | None, int | None]
+#: One callback call, as in docs/case-format.md with plain ints and bytes: ("read", addr, size) ...
+Event: TypeAlias = tuple[Any, ...]
+
+
+class Outcome(msgspec.Struct):
+    """One machine state after an instruction, from a subject or an oracle.
+
+    `system` is the Case's own object when nothing in it changed. `pages` maps page numbers to
+    the whole new contents of each page that differs from the case's memory.
+    `leaf` and `reason` (why a subject cannot handle it) stay inside emufuzz.
+    `unchecked` lists (field or "all", gap id) that an oracle does not vouch for.
+    """
+
+    id: str
+    gpr: tuple[int, ...] | list[int]
+    rip: int
+    rflags: int
+    system: System
+    rc: str = "continue"
+    decode_rc: str = "ok"
+    length: int | None = None
+    exception: Fault | None = None
+    interruptibility: int = 0
+    restarts: int = 0
+    pages: dict[int, bytes] = {}
+    events: list[Event] | tuple[Event, ...] = ()
+    unchecked: tuple[tuple[str, str], ...] = ()
+    leaf: str = ""
+    reason: str = ""
+    crash: str = ""
+    hang: bool = False
+
+
+def code_address(case: Case) -> int:
+    """Linear address of the case's first code byte: RIP in 64-bit mode, else CS.base + RIP mod 2^32."""
+    if case.mode == "prot64":
+        return case.rip
+    return (case.system.seg[1].base + case.rip) & 0xFFFFFFFF
+
+
+def case_pages(case: Case) -> dict[int, bytes]:
+    """All pages of a case, its code laid over its memory: page number -> 4096 bytes."""
+    pages = dict(case.mem.pages)
+    laid = {
+        pfn: bytearray(pages.get(pfn, ZERO_PAGE))
+        for pfn in _pages_of(code_address(case), len(case.code))
+    }
+    _lay(laid, code_address(case), case.code)
+    pages.update((pfn, bytes(page)) for pfn, page in laid.items())
+    return pages
+
+
+def _pages_of(addr: int, size: int) -> range:
+    return range(addr >> PAGE_SHIFT, ((addr + max(size, 1) - 1) >> PAGE_SHIFT) + 1)
+
+
+def memory_changes(case: Case, outcome: Outcome) -> list[tuple[int, bytes]]:
+    """The bytes an outcome changed, as maximal (address, bytes) runs within pages, in order."""
+    if not outcome.pages:
+        return []
+    before = case_pages(case)
+    changes: list[tuple[int, bytes]] = []
+    for pfn in sorted(outcome.pages):
+        old, new = before.get(pfn, ZERO_PAGE), outcome.pages[pfn]
+        start = None
+        for i in range(PAGE_SIZE + 1):
+            differs = i < PAGE_SIZE and old[i] != new[i]
+            if differs and start is None:
+                start = i
+            elif not differs and start is not None:
+                changes.append(((pfn << PAGE_SHIFT) + start, new[start:i]))
+                start = None
+    return changes
