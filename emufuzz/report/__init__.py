@@ -1,0 +1,1 @@
+"""What people read: one case with its disagreement, explained in text."""
