@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from emufuzz.emulator.x86emul import OPERAND_NONE, X86EMUL_MODE_PROT64
+from emufuzz.emulator.x86emul import OPERAND_NONE, X86EMUL_CONTINUE, X86EMUL_MODE_PROT64
 
 if TYPE_CHECKING:
     from emufuzz.emulator.opcode import Opcode
@@ -61,37 +61,57 @@ class Operand:
         self.data: bytes = b""
 
 
+class FpuRegisters:
+    """The vcpu's x87, MMX and SSE registers while they are loaded on the CPU.
+
+    `xmm` holds sixteen 128-bit values, `mm` the low 64 bits of the eight x87 registers; `ftw` is
+    the abridged tag byte, one bit a register, 1 = not empty (SDM Vol. 1 10.5.1.1). Whoever
+    writes a register sets `dirty`.
+    """
+
+    __slots__ = ("dirty", "fcw", "fsw", "ftw", "mm", "mxcsr", "xmm")
+
+    def __init__(self) -> None:
+        self.fcw: int = 0x37F
+        self.fsw: int = 0
+        self.ftw: int = 0
+        self.mxcsr: int = 0x1F80
+        self.dirty: bool = False
+        self.xmm: list[int] = [0] * 16
+        self.mm: list[int] = [0] * 8
+
+
 class X86EmulateCtxt:
     """One emulation (struct x86_emulate_ctxt).
 
     C's `_eip` is `next_eip` here, `_regs` is `regs`. `opcode` is the resolved table entry, whose
     flag word, merged along its groups, is `d`. `regs_valid` and `regs_dirty` are bitmaps of the
     GPRs that were read from and must be written to the vcpu. `fail_reason` says for reports why
-    an instruction is unhandleable; it decides nothing.
+    an instruction is unhandleable; it decides nothing. `rc` keeps the X86EMUL_* result that ended
+    the last run; `max_size` how far linearize found the segment to reach. `fpu` stands for the
+    registers that KVM reaches directly on the host CPU (kvm_read_sse_reg ...).
     """
 
     __slots__ = (
-        "ad_bytes", "b", "check_intercepts", "cs_d", "d", "dst", "eflags", "eip", "exception",
-        "fail_reason", "fetch_data", "fetch_end", "fetch_pos", "gpa_available", "gpa_val",
-        "has_seg_override", "have_exception", "intercept_stage_guest", "interruptibility",
-        "io_read_data", "io_read_pos", "is_branch", "lock_prefix", "mem_read_data",
-        "mem_read_pos", "memop", "memopp", "mode", "modrm", "modrm_mod", "modrm_reg", "modrm_rm",
-        "modrm_seg", "next_eip", "op_bytes", "opcode", "opcode_len", "ops", "perm_ok", "regs",
+        "ad_bytes", "b", "check_intercepts", "d", "dst", "eflags", "eip", "exception",
+        "fail_reason", "fetch_data", "fetch_pos", "fpu", "gpa_available", "gpa_val",
+        "have_exception", "interruptibility", "io_read_data", "io_read_pos", "is_branch",
+        "lock_prefix", "max_size", "mem_read_data", "mem_read_pos", "memop", "memopp", "mode", "modrm", "modrm_mod", "modrm_reg", "modrm_rm",
+        "modrm_seg", "next_eip", "op_bytes", "opcode", "opcode_len", "ops", "perm_ok", "rc", "regs",
         "regs_dirty", "regs_valid", "rep_prefix", "rex_prefix", "rip_relative", "seg_override",
         "src", "src2", "tf", "ud",
     )  # fmt: skip
 
     def __init__(self, ops: X86EmulateOps) -> None:
         self.ops: X86EmulateOps = ops
+        self.fpu: FpuRegisters = FpuRegisters()
         # Set by the caller before decoding (init_emulate_ctxt).
         self.mode: int = X86EMUL_MODE_PROT64
-        self.cs_d: bool = False
         self.eflags: int = 0
         self.eip: int = 0
         self.ud: bool = False
         self.tf: bool = False
         self.check_intercepts: bool = False
-        self.intercept_stage_guest: bool = False
         self.gpa_available: bool = False
         self.gpa_val: int = 0
         # Results.
@@ -99,6 +119,8 @@ class X86EmulateCtxt:
         self.have_exception: bool = False
         self.exception: X86Exception = X86Exception()
         self.fail_reason: str = ""
+        self.rc: int = X86EMUL_CONTINUE
+        self.max_size: int = 0
         self.perm_ok: bool = False
         # Decode cache.
         self.opcode: Opcode | None = None
@@ -111,7 +133,6 @@ class X86EmulateCtxt:
         self.rex_prefix: int = 0
         self.lock_prefix: bool = False
         self.rep_prefix: int = 0
-        self.has_seg_override: bool = False
         self.seg_override: int = 0
         self.modrm: int = 0
         self.modrm_mod: int = 0
@@ -125,13 +146,12 @@ class X86EmulateCtxt:
         self.dst: Operand = Operand()
         self.memop: Operand = Operand()
         self.memopp: Operand | None = None
-        # Register cache, fetch window (data[0:fetch_end] from eip on) and read caches.
+        # Register cache, fetch window (fetch_data, from eip on) and read caches.
         self.regs: list[int] = [0] * 16
         self.regs_valid: int = 0
         self.regs_dirty: int = 0
         self.fetch_data: bytes = b""
         self.fetch_pos: int = 0
-        self.fetch_end: int = 0
         self.io_read_data: bytes = b""
         self.io_read_pos: int = 0
         self.mem_read_data: bytes = b""

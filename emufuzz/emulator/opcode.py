@@ -80,7 +80,7 @@ Entry: TypeAlias = Row | Node
 N: Final = Row("", NotImpl)
 
 
-def op(  # noqa: PLR0917 - the columns of a table row
+def op(
     mnemonic: str,
     execute: Handler | None,
     dst: int,
@@ -94,17 +94,18 @@ def op(  # noqa: PLR0917 - the columns of a table row
     return Row(mnemonic, flags, dst, src, src2, execute, check_perm=check_perm, intercept=intercept)
 
 
-def switch(  # noqa: PLR0917 - the columns of a table row
+def switch(
     mnemonic: str,
     execute: Handler,
     dst: int,
     src: int,
     src2: int,
     flags: OpFlags,
+    check_perm: Handler | None = None,
     intercept: str = "",
 ) -> Row:
     """A row that KVM executes in the opcode switch at the end of x86_emulate_insn."""
-    return Row(mnemonic, flags, dst, src, src2, execute, in_switch=True, intercept=intercept)
+    return Row(mnemonic, flags, dst, src, src2, execute, True, check_perm, intercept)
 
 
 def group(flags: OpFlags, children: Sequence[Entry]) -> Node:
@@ -153,11 +154,12 @@ def vex(legacy: Entry) -> Node:
 
 
 def build(
-    entries: Iterable[Entry], prefix: str, decoders: dict[int, OperandDecoder]
+    rows: Iterable[tuple[int, Entry]], prefix: str, decoders: dict[int, OperandDecoder]
 ) -> tuple[Opcode, ...]:
-    """Resolve one opcode map. `prefix` is "", "0f" or "0f38"."""
+    """Resolve one opcode map; opcodes without a row are not implemented. `prefix` is "", "0f", "0f38"."""
+    entries = dict(rows)
     return tuple(
-        _resolve(entry, f"{prefix}{byte:02x}", 0, decoders) for byte, entry in enumerate(entries)
+        _resolve(entries.get(byte, N), f"{prefix}{byte:02x}", 0, decoders) for byte in range(256)
     )
 
 

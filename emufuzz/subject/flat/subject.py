@@ -1,0 +1,163 @@
+"""FlatSubject: decode and emulate each case as x86.c would, apart from everything around it."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from emufuzz import __version__
+from emufuzz.arch.exceptions import PF_VECTOR
+from emufuzz.arch.rflags import X86_EFLAGS_TF
+from emufuzz.case.errors import UnsupportedCaseError
+from emufuzz.case.model import Case, Fault, Fpu, Outcome
+from emufuzz.emulator.ctxt import X86EmulateCtxt
+from emufuzz.emulator.decode import init_decode_cache, x86_decode_insn
+from emufuzz.emulator.execute import x86_emulate_insn
+from emufuzz.emulator.x86emul import (
+    EMULATION_FAILED,
+    EMULATION_OK,
+    EMULATION_RESTART,
+    EMULTYPE_TRAP_UD,
+    MASK64,
+    X86EMUL_NAMES,
+)
+from emufuzz.subject.flat.ops import FlatOps, load_fpu, read_fpu
+
+_PACKAGE: Final = Path(__file__).parents[2]
+
+
+class FlatSubject:
+    """The port of emulate.c on flat memory."""
+
+    name: str = "emulator"
+
+    def __init__(self, events: bool = True) -> None:
+        """With `events` the outcomes list every callback."""
+        self._events = events
+        self._reset()
+
+    def _reset(self) -> None:
+        """Start from nothing, also after a crash: a context is else used again."""
+        self._ops = FlatOps()
+        self._ctxt = X86EmulateCtxt(self._ops)
+        self._fpu: Fpu | None = None
+
+    def fingerprint(self) -> dict[str, str]:
+        """Name and version of what ran."""
+        return {"subject": self.name, "emufuzz": __version__}
+
+    def check(self, case: Case) -> None:
+        """Raise UnsupportedCaseError for cases that need the KVM model."""
+        if case.path is not None:
+            raise UnsupportedCaseError("path: the emulator alone has no exit paths")
+        for field in case.extra or ():
+            raise UnsupportedCaseError(f"{field}: the emulator alone cannot take it")
+
+    def run(self, batch: Sequence[Case]) -> list[Outcome]:
+        """Run the cases in order; a Python exception becomes the outcome's `crash`."""
+        outcomes = []
+        for case in batch:
+            try:
+                outcomes.append(self._run(case))
+            except Exception as error:  # noqa: BLE001 - any crash of the thing under test is a result
+                outcomes.append(_crashed(case, error))
+                self._reset()
+        return outcomes
+
+    def _run(self, case: Case) -> Outcome:
+        ops, ctxt = self._ops, self._ctxt
+        ops.load(case)
+        ops.log = [] if self._events else None
+        if case.system.fpu is not self._fpu or ctxt.fpu.dirty:
+            load_fpu(ctxt.fpu, case.system.fpu)
+            self._fpu = case.system.fpu
+        ctxt.mode = ops.mode
+        ctxt.eip = case.rip
+        ctxt.eflags = case.rflags
+        outcome = self._instruction(case)
+        for _ in range(case.count - 1):
+            if outcome.rc != "continue":
+                break
+            restarts = outcome.restarts
+            outcome = self._instruction(case)
+            outcome.restarts += restarts
+        outcome.pages = ops.changed_pages()
+        if ctxt.fpu.dirty:
+            outcome.system = msgspec.structs.replace(outcome.system, fpu=read_fpu(ctxt.fpu))
+        return outcome
+
+    def _instruction(self, case: Case) -> Outcome:
+        """One instruction from ctxt.eip on, all its REP iterations included."""
+        ops, ctxt = self._ops, self._ctxt
+        rip, rflags = ctxt.eip, ctxt.eflags
+        ctxt.tf = rflags & X86_EFLAGS_TF != 0
+        ctxt.ud = case.emul_type & EMULTYPE_TRAP_UD != 0
+        ctxt.interruptibility = 0
+        ctxt.have_exception = False
+        ctxt.perm_ok = False
+        ctxt.fail_reason = ""
+        ctxt.exception.vector = 0xFF
+        init_decode_cache(ctxt)
+        ctxt.regs[:] = ops.gpr
+        ctxt.regs_valid = 0xFFFF
+        decoded = x86_decode_insn(ctxt, emulation_type=case.emul_type)
+        restarts = 0
+        result = decoded
+        if decoded == EMULATION_OK:
+            result = x86_emulate_insn(ctxt)
+            while result == EMULATION_RESTART:
+                restarts += 1
+                if case.single:
+                    break
+                ctxt.exception.address = 0
+                result = x86_emulate_insn(ctxt)
+        opcode = ctxt.opcode
+        outcome = Outcome(
+            case.id,
+            ops.gpr,
+            rip,
+            rflags,
+            ops.system,
+            decode_rc="ok" if decoded == EMULATION_OK else "failed",
+            length=ctxt.fetch_pos if decoded == EMULATION_OK else None,
+            interruptibility=ctxt.interruptibility,
+            restarts=restarts,
+            events=ops.log or (),
+            leaf=opcode.leaf if opcode is not None else "",
+            reason=ctxt.fail_reason,
+        )
+        if ctxt.have_exception:
+            outcome.rc = "propagate_fault"
+            outcome.exception = self._fault()
+        elif result == EMULATION_FAILED:
+            outcome.rc = "unhandleable"
+        else:
+            outcome.rc = X86EMUL_NAMES[ctxt.rc]
+            outcome.rip = ctxt.eip & MASK64
+            outcome.rflags = ctxt.eflags
+        return outcome
+
+    def _fault(self) -> Fault:
+        exception = self._ctxt.exception
+        return (
+            exception.vector,
+            exception.error_code if exception.error_code_valid else None,
+            exception.address if exception.vector == PF_VECTOR else None,
+        )
+
+
+def _crashed(case: Case, error: Exception) -> Outcome:
+    """An outcome that carries the exception and where in this package it was raised."""
+    frames = []
+    for frame in traceback.extract_tb(error.__traceback__):
+        path = Path(frame.filename)
+        if path.is_relative_to(_PACKAGE):
+            frames.append(f"{path.relative_to(_PACKAGE)}:{frame.lineno} {frame.name}")
+    text = "".join(traceback.format_exception_only(error)).strip()
+    return Outcome(
+        case.id, case.gpr, case.rip, case.rflags, case.system, crash="\n".join([text, *frames])
+    )
