@@ -103,11 +103,11 @@ def linearize(ctxt: X86EmulateCtxt, seg: int, ea: int, size: int, flags: int) ->
         else:
             ctxt.max_size = MASK32
     else:
-        usable, _, desc, base3 = ctxt.ops.get_segment(ctxt, seg)
+        usable, _, desc, _ = ctxt.ops.get_segment(ctxt, seg)
         la = desc.base + ea & MASK32
         kind = desc.type
         limit = desc.limit_scaled
-        if not usable or (flags or kind & 12) and not _type_allows(ctxt, kind, flags):
+        if not usable or ((flags or kind & 12) and not _type_allows(ctxt, kind, flags)):
             return _segment_fault(ctxt, seg)
         if kind & 12 == 4:
             # Expand-down: valid offsets lie above the limit (SDM Vol. 3A 3.4.5.1).

@@ -96,10 +96,10 @@ class X86EmulateCtxt:
         "ad_bytes", "b", "check_intercepts", "d", "dst", "eflags", "eip", "exception",
         "fail_reason", "fetch_data", "fetch_pos", "fpu", "gpa_available", "gpa_val",
         "have_exception", "interruptibility", "io_read_data", "io_read_pos", "is_branch",
-        "lock_prefix", "max_size", "mem_read_data", "mem_read_pos", "memop", "memopp", "mode", "modrm", "modrm_mod", "modrm_reg", "modrm_rm",
-        "modrm_seg", "next_eip", "op_bytes", "opcode", "opcode_len", "ops", "perm_ok", "rc", "regs",
-        "regs_dirty", "regs_valid", "rep_prefix", "rex_prefix", "rip_relative", "seg_override",
-        "src", "src2", "tf", "ud",
+        "lock_prefix", "max_size", "mem_read_data", "mem_read_pos", "memop", "memopp", "mode",
+        "modrm", "modrm_mod", "modrm_reg", "modrm_rm", "modrm_seg", "next_eip", "op_bytes",
+        "opcode", "opcode_len", "ops", "perm_ok", "rc", "regs", "regs_dirty", "regs_valid",
+        "rep_prefix", "rex_prefix", "rip_relative", "seg_override", "src", "src2", "tf", "ud",
     )  # fmt: skip
 
     def __init__(self, ops: X86EmulateOps) -> None:

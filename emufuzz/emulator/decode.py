@@ -56,9 +56,7 @@ VCPU_SREG_CS: Final = 1
 VCPU_SREG_DS: Final = 3
 
 #: Leaves that need a size fix-up or end decoding at once.
-_SPECIAL: Final = (
-    NotImpl | Stack | Op3264 | Sse | Mmx | Intercept | CheckPerm | NearBranch | No16
-)
+_SPECIAL: Final = NotImpl | Stack | Op3264 | Sse | Mmx | Intercept | CheckPerm | NearBranch | No16
 
 #: Segment override prefix -> segment register.
 _SEGMENT_PREFIX: Final = {0x26: 0, 0x2E: 1, 0x36: 2, 0x3E: 3, 0x64: 4, 0x65: 5}

@@ -106,7 +106,7 @@ def x86_emulate_insn(ctxt: X86EmulateCtxt, check_intercepts: bool = False) -> in
     rc = X86EMUL_CONTINUE
     if ctxt.lock_prefix and not (d & Lock and ctxt.dst.type == OPERAND_MEM):
         rc = emulate_ud(ctxt)
-    elif opcode.src == OP_MEMFADDR and ctxt.src.type != OPERAND_MEM:
+    elif opcode.src == OP_MEMFADDR and ctxt.src.type != OPERAND_MEM:  # noqa: SIM114 - two checks in order
         rc = emulate_ud(ctxt)
     elif d & _CHECKED:
         rc = _check(ctxt, opcode)
@@ -198,7 +198,7 @@ def _check(ctxt: X86EmulateCtxt, opcode: Opcode) -> int:
     if d & (No64 | Undefined) and (d & Undefined or ctxt.mode == X86EMUL_MODE_PROT64):
         return emulate_ud(ctxt)
     if d & (Sse | Mmx):
-        rc = _check_fpu(ctxt, opcode)
+        rc = _check_fpu(ctxt)
         if rc != X86EMUL_CONTINUE:
             return rc
     if ctxt.check_intercepts and opcode.intercept:
@@ -228,7 +228,7 @@ def _check(ctxt: X86EmulateCtxt, opcode: Opcode) -> int:
     return X86EMUL_CONTINUE
 
 
-def _check_fpu(ctxt: X86EmulateCtxt, opcode: Opcode) -> int:
+def _check_fpu(ctxt: X86EmulateCtxt) -> int:
     """CR0.EM, CR4.OSFXSR, CR0.TS and pending x87 faults (SDM Vol. 3A 13.1, Table 13-1)."""
     ops = ctxt.ops
     d = ctxt.d
@@ -333,9 +333,7 @@ def string_insn_completed(ctxt: X86EmulateCtxt) -> bool:
     if ctxt.b not in (0xA6, 0xA7, 0xAE, 0xAF):
         return False
     zf = ctxt.eflags & X86_EFLAGS_ZF
-    return (ctxt.rep_prefix == REPE_PREFIX and not zf) or (
-        ctxt.rep_prefix == REPNE_PREFIX and bool(zf)
-    )
+    return (ctxt.rep_prefix == REPE_PREFIX and not zf) or (ctxt.rep_prefix == REPNE_PREFIX and bool(zf))
 
 
 def string_registers_quirk(ctxt: X86EmulateCtxt) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 from emufuzz.emulator.ctxt import Operand, X86EmulateCtxt
-from emufuzz.emulator.flags import ModRM, NotImpl, OpFlags, OP_NONE
+from emufuzz.emulator.flags import OP_NONE, ModRM, NotImpl, OpFlags
 
 #: An instruction handler (em_*, check_*): returns an X86EMUL_* result.
 Handler: TypeAlias = Callable[[X86EmulateCtxt], int]
@@ -158,9 +158,7 @@ def build(
 ) -> tuple[Opcode, ...]:
     """Resolve one opcode map; opcodes without a row are not implemented. `prefix` is "", "0f", "0f38"."""
     entries = dict(rows)
-    return tuple(
-        _resolve(entries.get(byte, N), f"{prefix}{byte:02x}", 0, decoders) for byte in range(256)
-    )
+    return tuple(_resolve(entries.get(byte, N), f"{prefix}{byte:02x}", 0, decoders) for byte in range(256))
 
 
 def _resolve(entry: Entry, leaf: str, flags: OpFlags, decoders: dict[int, OperandDecoder]) -> Opcode:

@@ -55,7 +55,6 @@ from emufuzz.emulator.flags import (
 from emufuzz.emulator.opcode import OperandDecoder
 from emufuzz.emulator.x86emul import (
     MASK16,
-    MASK32,
     MASK64,
     MAX_INSN_LENGTH,
     OPERAND_IMM,

@@ -49,9 +49,7 @@ class X86EmulateOps(Protocol):
     ) -> int:
         """Write RAM at linear `addr`, as read_std reads it."""
 
-    def fetch(
-        self, ctxt: X86EmulateCtxt, addr: int, size: int, fault: X86Exception
-    ) -> tuple[int, bytes]:
+    def fetch(self, ctxt: X86EmulateCtxt, addr: int, size: int, fault: X86Exception) -> tuple[int, bytes]:
         """Read `size` (1..15) instruction bytes that lie in one page; called by _do_insn_fetch_bytes."""
 
     def read_emulated(
@@ -59,9 +57,7 @@ class X86EmulateOps(Protocol):
     ) -> tuple[int, bytes]:
         """Read an operand, 1..16 bytes, from RAM or MMIO; X86EMUL_IO_NEEDED asks userspace first."""
 
-    def write_emulated(
-        self, ctxt: X86EmulateCtxt, addr: int, data: bytes, fault: X86Exception
-    ) -> int:
+    def write_emulated(self, ctxt: X86EmulateCtxt, addr: int, data: bytes, fault: X86Exception) -> int:
         """Write an operand to RAM or MMIO; an MMIO write succeeds at once."""
 
     def cmpxchg_emulated(
@@ -75,14 +71,10 @@ class X86EmulateOps(Protocol):
     def invlpg(self, ctxt: X86EmulateCtxt, addr: int) -> None:
         """Drop translations of the page at linear `addr`."""
 
-    def pio_in_emulated(
-        self, ctxt: X86EmulateCtxt, size: int, port: int, count: int
-    ) -> bytes | None:
+    def pio_in_emulated(self, ctxt: X86EmulateCtxt, size: int, port: int, count: int) -> bytes | None:
         """Read `count` elements of `size` (1, 2, 4) bytes from a port; None = userspace must do it."""
 
-    def pio_out_emulated(
-        self, ctxt: X86EmulateCtxt, size: int, port: int, data: bytes, count: int
-    ) -> bool:
+    def pio_out_emulated(self, ctxt: X86EmulateCtxt, size: int, port: int, data: bytes, count: int) -> bool:
         """Write `count` elements to a port; False = userspace must do it."""
 
     def get_segment(self, ctxt: X86EmulateCtxt, seg: int) -> SegmentState:

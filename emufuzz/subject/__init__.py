@@ -1,0 +1,1 @@
+"""Things under test, behind one interface."""

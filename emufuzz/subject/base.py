@@ -8,7 +8,6 @@ from typing import Protocol
 from emufuzz.case.model import Case, Outcome
 
 
-
 class Subject(Protocol):
     """A thing under test."""
 

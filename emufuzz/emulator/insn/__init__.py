@@ -1,0 +1,1 @@
+"""Instruction handlers, one family a module."""

@@ -107,18 +107,17 @@ from emufuzz.emulator.insn.shift import (
 )
 from emufuzz.emulator.insn.stack import em_pop, em_push
 from emufuzz.emulator.opcode import (
+    Entry,
+    N,
     by_prefix,
     dual,
-    Entry,
     escape,
     group,
     group_dual,
-    N,
     op,
     rm_ext,
 )
 from emufuzz.emulator.tables.words import (
-    ___,
     AccHi,
     AccLo,
     Imm,
@@ -129,7 +128,9 @@ from emufuzz.emulator.tables.words import (
     Mem64,
     MemFAddr,
     Reg,
+    ___,
 )
+
 
 # fmt: off
 def group1(src: int, flags: int) -> Entry:

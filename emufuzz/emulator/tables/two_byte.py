@@ -80,37 +80,37 @@ from emufuzz.emulator.insn.pending import (
 from emufuzz.emulator.insn.shift import em_shld, em_shrd
 from emufuzz.emulator.insn.stack import em_push_sreg
 from emufuzz.emulator.opcode import (
-    dual,
     Entry,
     N,
+    dual,
     op,
     switch,
 )
 from emufuzz.emulator.tables.groups import (
-    GROUP15,
     GROUP6,
     GROUP7,
     GROUP8,
     GROUP9,
-    mmx_sse_mov,
+    GROUP15,
     MOVNT,
     MOVNTDQ,
+    mmx_sse_mov,
     sse_mov,
 )
 from emufuzz.emulator.tables.words import (
-    ___,
     CL,
     FS,
     GS,
+    SS,
     Imm,
     ImmByte,
     Implicit,
     Mem,
-    Mem16,
     Mem8,
+    Mem16,
     MemFAddr,
     Reg,
-    SS,
+    ___,
 )
 
 # fmt: off

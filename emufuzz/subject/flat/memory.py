@@ -120,9 +120,7 @@ class FlatMemory:
                 return X86EMUL_CONTINUE
             addr = addr + len(part) & mask
 
-    def fetch(
-        self, ctxt: X86EmulateCtxt, addr: int, size: int, fault: X86Exception
-    ) -> tuple[int, bytes]:
+    def fetch(self, ctxt: X86EmulateCtxt, addr: int, size: int, fault: X86Exception) -> tuple[int, bytes]:
         """X86EmulateOps.fetch."""
         if self.log is not None:
             self.log.append(("fetch", addr, size))
@@ -166,9 +164,7 @@ class FlatMemory:
             return self._page_fault(fault, addr, 0, system=False), b""
         return X86EMUL_CONTINUE, page[offset : offset + size]
 
-    def write_emulated(
-        self, ctxt: X86EmulateCtxt, addr: int, data: bytes, fault: X86Exception
-    ) -> int:
+    def write_emulated(self, ctxt: X86EmulateCtxt, addr: int, data: bytes, fault: X86Exception) -> int:
         """X86EmulateOps.write_emulated."""
         if self.log is not None:
             self.log.append(("write", addr, data))

@@ -13,8 +13,6 @@ from emufuzz.case.model import Case, Fpu, Segment, System, TableRegister
 from emufuzz.emulator.ctxt import FpuRegisters, X86EmulateCtxt
 from emufuzz.emulator.ops import SegmentState
 from emufuzz.emulator.x86emul import (
-    MASK32,
-    MASK64,
     X86EMUL_CONTINUE,
     X86EMUL_MODE_PROT16,
     X86EMUL_MODE_PROT32,
@@ -61,9 +59,7 @@ def segment_state(seg: Segment) -> SegmentState:
     if not seg.p:
         return SegmentState(False, seg.sel, _NO_DESC, 0)
     limit = seg.limit >> 12 if seg.g else seg.limit
-    desc = DescStruct(
-        seg.base, limit, seg.type, seg.s, seg.dpl, seg.p, seg.avl, seg.l, seg.db, seg.g
-    )
+    desc = DescStruct(seg.base, limit, seg.type, seg.s, seg.dpl, seg.p, seg.avl, seg.l, seg.db, seg.g)
     return SegmentState(True, seg.sel, desc, seg.base >> 32)
 
 
@@ -251,9 +247,7 @@ class FlatOps(FlatMemory):
 
     # -- ports -----------------------------------------------------------------------------------
 
-    def pio_in_emulated(
-        self, ctxt: X86EmulateCtxt, size: int, port: int, count: int
-    ) -> bytes | None:
+    def pio_in_emulated(self, ctxt: X86EmulateCtxt, size: int, port: int, count: int) -> bytes | None:
         """X86EmulateOps.pio_in_emulated: the case's stream, then all ones."""
         if count == 1:
             self._log("in", port, size)
@@ -264,9 +258,7 @@ class FlatOps(FlatMemory):
         self.port_pos += length
         return data.ljust(length, b"\xff")
 
-    def pio_out_emulated(
-        self, ctxt: X86EmulateCtxt, size: int, port: int, data: bytes, count: int
-    ) -> bool:
+    def pio_out_emulated(self, ctxt: X86EmulateCtxt, size: int, port: int, data: bytes, count: int) -> bool:
         """X86EmulateOps.pio_out_emulated."""
         self._log("out", port, data)
         return True

@@ -158,6 +158,4 @@ def _crashed(case: Case, error: Exception) -> Outcome:
         if path.is_relative_to(_PACKAGE):
             frames.append(f"{path.relative_to(_PACKAGE)}:{frame.lineno} {frame.name}")
     text = "".join(traceback.format_exception_only(error)).strip()
-    return Outcome(
-        case.id, case.gpr, case.rip, case.rflags, case.system, crash="\n".join([text, *frames])
-    )
+    return Outcome(case.id, case.gpr, case.rip, case.rflags, case.system, crash="\n".join([text, *frames]))
