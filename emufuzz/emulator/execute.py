@@ -104,9 +104,8 @@ def x86_emulate_insn(ctxt: X86EmulateCtxt, check_intercepts: bool = False) -> in
     ctxt.check_intercepts = check_intercepts
     d = ctxt.d
     rc = X86EMUL_CONTINUE
-    if ctxt.lock_prefix and not (d & Lock and ctxt.dst.type == OPERAND_MEM):
-        rc = emulate_ud(ctxt)
-    elif opcode.src == OP_MEMFADDR and ctxt.src.type != OPERAND_MEM:  # noqa: SIM114 - two checks in order
+    lock_illegal = ctxt.lock_prefix and not (d & Lock and ctxt.dst.type == OPERAND_MEM)
+    if lock_illegal or (opcode.src == OP_MEMFADDR and ctxt.src.type != OPERAND_MEM):
         rc = emulate_ud(ctxt)
     elif d & _CHECKED:
         rc = _check(ctxt, opcode)

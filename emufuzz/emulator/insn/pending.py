@@ -19,6 +19,7 @@ def _pending(name: str) -> Handler:
         ctxt.fail_reason = reason
         return X86EMUL_UNHANDLEABLE
 
+    handler.__name__ = name
     return handler
 
 
