@@ -114,7 +114,8 @@ _REFERENCES: Final = {
         "invd", "wbinvd", "clflush", "clflushopt", "hlt", "rdmsr", "wrmsr", "rdtsc", "rdpmc",
         "rdpid", "cpuid", "sysexit", "xsetbv", "vmmcall",
         "fninit", "fnstcw", "fnstsw m16", "fxsave", "fxrstor",
-        "movups", "movupd", "movaps", "movapd", "movntps", "movntpd", "movdqa", "movdqu", "movntdq", "movq mm",
+        "movups", "movupd", "movaps", "movapd", "movntps", "movntpd", "movdqa", "movdqu", "movntdq",
+        "movq mm",
     ),
     # Vol. 2B MOV-Move to/from Control Registers, Debug Registers
     "NONE|OF=u SF=u ZF=u AF=u PF=u CF=u": ("mov r,cr", "mov cr,r", "mov r,dr", "mov dr,r"),
