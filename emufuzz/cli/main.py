@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final
 import typer
 import typer.core
 
+from emufuzz import __version__
 from emufuzz.cli.errors import (
     EXIT_BAD_INPUT,
     EXIT_BROKEN_PIPE,
@@ -67,9 +68,7 @@ def emufuzz(
 ) -> None:
     """Fuzz x86 instruction emulators against oracles that know what the instruction should do."""
     if version:
-        from importlib import metadata
-
-        typer.echo(f"emufuzz {metadata.version('emufuzz')}")
+        typer.echo(f"emufuzz {__version__}")
         raise typer.Exit(EXIT_OK)
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())

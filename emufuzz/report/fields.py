@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 def show_flags(rflags: int) -> str:
     """RFLAGS as a number and the names of the set flags."""
-    names = [name for name in flag_names(rflags & ~X86_EFLAGS_IOPL)]
+    names = flag_names(rflags & ~X86_EFLAGS_IOPL)
     if rflags & X86_EFLAGS_IOPL:
         names.append(f"IOPL={rflags >> X86_EFLAGS_IOPL_BIT & 3}")
     return f"{rflags:#x} [{' '.join(names)}]"
