@@ -28,6 +28,9 @@ from emufuzz.arch.leaves import LeafRow, leaf_rows
 
 AMD_ZEN5: Final = "amd-zen5"
 
+#: The worst case of all shift counts, whatever the operand size.
+ANY_COUNT: Final = 0x3F
+
 _REFERENCES: Final = references()
 
 #: Implemented leaf -> its flag effects.
@@ -45,6 +48,7 @@ def masked_count(op_size: int, count: int) -> int:
 
 
 def _holds(condition: str, op_size: int, count: int) -> bool:
+    """Whether a condition on the masked count holds. All of them hold for higher counts as well."""
     masked = masked_count(op_size, count)
     if condition == COUNT_ABOVE_1:
         return masked > 1
@@ -53,13 +57,13 @@ def _holds(condition: str, op_size: int, count: int) -> bool:
     return condition == COUNT_ABOVE_WIDTH and masked > op_size * 8
 
 
-def undefined_flags_exact(leaf: str, op_size: int, count: int | None = None) -> int:
+def undefined_flags_exact(leaf: str, op_size: int, count: int = ANY_COUNT) -> int:
     """The RFLAGS bits that the SDM leaves undefined after this very instruction.
 
     Args:
-        leaf: id of an implemented leaf; any other has no undefined flags.
+        leaf: id of a leaf; one that is not implemented has no undefined flags.
         op_size: operand size in bytes (1, 2, 4, 8); byte instructions are known to have 1.
-        count: the shift count before masking, of a shift or rotate; None = the worst case.
+        count: the count before masking, of a shift or rotate that does not shift by a fixed 1.
 
     Returns:
         A subset of `undefined_flags(leaf)`.
@@ -67,15 +71,15 @@ def undefined_flags_exact(leaf: str, op_size: int, count: int | None = None) -> 
     effects = EFFECTS.get(leaf)
     if effects is None:
         return 0
+    mask = effects.undefined
+    if not effects.by_count:
+        return mask
     if leaf in _SHIFT_BY_ONE:
         count = 1
-    if not effects.by_count or count is None:
-        return effects.undefined
     if leaf in _BYTE_LEAVES:
         op_size = 1
     if not masked_count(op_size, count):
         return 0
-    mask = effects.undefined
     for bits, condition in effects.conditional:
         if not _holds(condition, op_size, count):
             mask &= ~bits
@@ -95,9 +99,7 @@ def undefined_flags(leaf: str) -> int:
     return UNDEFINED_FLAGS.get(leaf, 0)
 
 
-def undefined_results(
-    leaf: str, op_size: int, *, count: int | None = None, source: int | None = None
-) -> bool:
+def undefined_results(leaf: str, op_size: int, *, count: int = ANY_COUNT, source: int = 0) -> bool:
     """Whether the SDM leaves the destination operand undefined.
 
     That is SHLD and SHRD by more than the operand's width, BSF and BSR of 0, and 16-bit BSWAP.
@@ -105,8 +107,8 @@ def undefined_results(
     Args:
         leaf: id of a leaf.
         op_size: operand size in bytes.
-        count: shift count before masking; None = any, hence the worst case.
-        source: value of the source operand; None = any, hence the worst case.
+        count: shift count before masking; by default the worst case.
+        source: value of the source operand; by default the worst case, 0.
     """
     effects = EFFECTS.get(leaf)
     if effects is None or effects.undefined_result == NEVER:
@@ -114,9 +116,8 @@ def undefined_results(
     if effects.undefined_result == SIZE_16:
         return op_size == 2
     if effects.undefined_result == SOURCE_ZERO:
-        return source is None or not source & (1 << 8 * op_size) - 1
-    # A masked count can exceed no width but that of 16-bit operands.
-    return op_size == 2 if count is None else _holds(effects.undefined_result, op_size, count)
+        return not source & (1 << 8 * op_size) - 1
+    return _holds(effects.undefined_result, op_size, count)
 
 
 def undefined_values(leaf: str, profile: str = AMD_ZEN5) -> dict[str, str]:

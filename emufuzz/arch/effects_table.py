@@ -17,6 +17,7 @@ SIZE_16: Final = "16-bit operand"
 
 _PUSHED: Final = "TF=t IF=t DF=t IOPL=t NT=t AC=t ID=t"
 _POPPED: Final = "TF=m IF=m DF=m IOPL=m NT=m AC=m ID=m"
+_SAVED: Final = _POPPED.replace("=m", "=tm") + " RF=m"
 _RESTORED: Final = _POPPED + " RF=m VM=m VIF=m VIP=m"
 
 # fmt: off
@@ -44,10 +45,10 @@ TEMPLATES: Final = {
     "IRET":    template("   m   m   m   m   m   m  ", "Vol. 2A IRET", others=_RESTORED),
     "INT":     template("   -   -   -   -   -   -  ", "Vol. 2A INT n/INTO/INT3",
                         others="IF=m TF=0 NT=m RF=0 VM=m AC=m"),
-    "SYSCALL": template("   m   m   m   m   m   m  ", "Vol. 2B SYSCALL", others=_POPPED + " RF=m"),
+    "SYSCALL": template("   tm  tm  tm  tm  tm  tm ", "Vol. 2B SYSCALL", others=_SAVED),
     "SYSENTER":template("   -   -   -   -   -   -  ", "Vol. 2B SYSENTER", others="IF=0 VM=0 RF=0"),
     "RSM":     template("   m   m   m   m   m   m  ", "Vol. 2B RSM", others=_RESTORED),
-    "VMX":     template("   m   m   m   m   m   m  ", "Vol. 3C 31.2 VMX instruction conventions"),
+    "VMX":     template("   0   0   m   0   0   m  ", "Vol. 3C 31.2 VMX instruction conventions"),
 }
 
 #: Status flags that a condition code tests (SDM Vol. 1 Appendix B Table B-1), by the code's suffix.
@@ -121,16 +122,15 @@ _REFERENCES: Final = {
     "NONE|OF=u SF=u ZF=u AF=u PF=u CF=u": ("mov r,cr", "mov cr,r", "mov r,dr", "mov dr,r"),
 }
 
-# Undefined values of a profile, per template: `0`, `1`, `preserved`, `result` (the rule for the
-# defined case goes on), or the name of a rule in RULES.
+# Undefined values of a profile, per template: a rule of RULES for each flag that may be undefined.
 PROFILES: Final = {
     "amd-zen5": {
         "LOGIC":  "AF=0",
         "MUL":    "SF=preserved ZF=preserved AF=preserved PF=preserved",
         "DIV":    "OF=preserved SF=0 ZF=0 AF=1 PF=0 CF=preserved",
         "ROT":    "OF=result",
-        "SHIFT":  "OF=result AF=1 CF=result",
-        "DSHIFT": "OF=result SF=result ZF=result AF=1 PF=result CF=result",
+        "SHIFT":  "OF=result AF=1 CF=last_bit",
+        "DSHIFT": "OF=double_of SF=result ZF=result AF=1 PF=result CF=last_bit",
         "BT":     "OF=preserved SF=preserved AF=preserved PF=preserved",
         "BSCAN":  "OF=0 SF=0 AF=0 PF=index_parity CF=0",
         "AAX":    "OF=0 AF=0 CF=0",
@@ -149,7 +149,9 @@ RESULT_PROFILES: Final = {
 
 #: Named rules of the profiles; `emufuzz.emulator.eflags` implements them.
 RULES: Final = {
-    "result":        "as in the defined case: last bit shifted out, zero, sign and parity of the result",
+    "result":        "as in the defined case: zero, sign and parity of the result; OF as for a 1-bit shift",
+    "last_bit":      "last bit of the destination shifted out, 0 beyond its width",
+    "double_of":     "SHLD: OF of SHL by the same count; SHRD: the result's MSB differs from the bit below",
     "preserved":     "the old value stays",
     "0":             "cleared",
     "1":             "set",
