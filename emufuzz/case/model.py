@@ -149,6 +149,7 @@ class Outcome(msgspec.Struct):
     the whole new contents of each page that differs from the case's memory.
     `leaf` and `reason` (why a subject cannot handle it) stay inside emufuzz.
     `unchecked` lists (field or "all", gap id) that an oracle does not vouch for.
+    `extra` holds what an exit path adds (`exits`, `device_trace` ...), as decoded JSON.
     """
 
     id: str
@@ -169,6 +170,7 @@ class Outcome(msgspec.Struct):
     reason: str = ""
     crash: str = ""
     hang: bool = False
+    extra: dict[str, Any] | None = None
 
 
 def code_address(case: Case) -> int:
@@ -182,8 +184,7 @@ def case_pages(case: Case) -> dict[int, bytes]:
     """All pages of a case, its code laid over its memory: page number -> 4096 bytes."""
     pages = dict(case.mem.pages)
     laid = {
-        pfn: bytearray(pages.get(pfn, ZERO_PAGE))
-        for pfn in _pages_of(code_address(case), len(case.code))
+        pfn: bytearray(pages.get(pfn, ZERO_PAGE)) for pfn in _pages_of(code_address(case), len(case.code))
     }
     _lay(laid, code_address(case), case.code)
     pages.update((pfn, bytes(page)) for pfn, page in laid.items())
