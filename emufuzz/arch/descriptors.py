@@ -49,6 +49,12 @@ class DescStruct:
         self.g = g
         self.limit_scaled = (self.limit << 12 | 0xFFF) if g else self.limit
 
+    def copy(self) -> DescStruct:
+        """A descriptor of its own with the same fields."""
+        return DescStruct(
+            self.base, self.limit, self.type, self.s, self.dpl, self.p, self.avl, self.l, self.d, self.g
+        )
+
     def pack(self) -> bytes:
         """The descriptor's 8 bytes in memory order."""
         return (

@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     from emufuzz.emulator.ops import X86EmulateOps
 
 
+_X87_EXCEPTIONS = 0x3F
+_FCW_DEFINED = 0x1F7F
+_FCW_FIXED = 0x40
+_FSW_ES_B = 0x8080
+_FSW_TOP = 0x3800
+
+
 class X86Exception:
     """An exception to be queued for the guest (struct x86_exception).
 
@@ -80,6 +87,26 @@ class FpuRegisters:
         self.xmm: list[int] = [0] * 16
         self.mm: list[int] = [0] * 8
 
+    def get(self) -> None:
+        """Load the registers on the CPU, as kvm_fpu_get does before any use.
+
+        The CPU recomputes FSW.ES and its copy FSW.B, an unmasked exception is pending
+        (SDM Vol. 1 8.1.3.3), and FCW keeps no reserved bits but bit 6, which is set.
+        """
+        pending = self.fsw & ~self.fcw & _X87_EXCEPTIONS
+        fsw = self.fsw & ~_FSW_ES_B | (_FSW_ES_B if pending else 0)
+        fcw = self.fcw & _FCW_DEFINED | _FCW_FIXED
+        if fsw != self.fsw or fcw != self.fcw:
+            self.fsw = fsw
+            self.fcw = fcw
+            self.dirty = True
+
+    def enter_mmx(self) -> None:
+        """An MMX instruction marks all registers valid and resets FSW.TOP (SDM Vol. 1 9.5.2)."""
+        self.ftw = 0xFF
+        self.fsw &= ~_FSW_TOP
+        self.dirty = True
+
 
 class X86EmulateCtxt:
     """One emulation (struct x86_emulate_ctxt).
@@ -93,7 +120,8 @@ class X86EmulateCtxt:
     """
 
     __slots__ = (
-        "ad_bytes", "b", "check_intercepts", "d", "dst", "eflags", "eip", "exception",
+        "ad_bytes", "b", "check_intercepts", "d", "dst", "eflags", "eip",
+        "enable_vmware_backdoor", "exception",
         "fail_reason", "fetch_data", "fetch_pos", "fpu", "gpa_available", "gpa_val",
         "have_exception", "interruptibility", "io_read_data", "io_read_pos", "is_branch",
         "lock_prefix", "max_size", "mem_read_data", "mem_read_pos", "memop", "memopp", "mode",
@@ -112,6 +140,7 @@ class X86EmulateCtxt:
         self.ud: bool = False
         self.tf: bool = False
         self.check_intercepts: bool = False
+        self.enable_vmware_backdoor: bool = False
         self.gpa_available: bool = False
         self.gpa_val: int = 0
         # Results.

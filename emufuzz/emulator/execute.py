@@ -242,12 +242,14 @@ def _check_fpu(ctxt: X86EmulateCtxt) -> int:
         for operand in (ctxt.src, ctxt.src2) if d & Mov else (ctxt.src, ctxt.src2, ctxt.dst):
             if operand.type == OPERAND_MM:
                 operand.val = ctxt.fpu.mm[operand.reg]
+                ctxt.fpu.enter_mmx()
     return X86EMUL_CONTINUE
 
 
 def x87_fault_pending(ctxt: X86EmulateCtxt) -> bool:
     """An unmasked x87 exception waits: FWAIT would raise #MF (SDM Vol. 1 8.1.3.3)."""
-    return bool(ctxt.fpu.fsw & ~ctxt.fpu.fcw & 0x3F)
+    ctxt.fpu.get()
+    return bool(ctxt.fpu.fsw & 0x80)
 
 
 def _read_operands(ctxt: X86EmulateCtxt, opcode: Opcode) -> int:
@@ -300,8 +302,7 @@ def writeback(ctxt: X86EmulateCtxt, op: Operand) -> int:
         ctxt.fpu.dirty = True
     elif kind == OPERAND_MM:
         ctxt.fpu.mm[op.reg] = op.val
-        ctxt.fpu.ftw = 0xFF
-        ctxt.fpu.dirty = True
+        ctxt.fpu.enter_mmx()
     return X86EMUL_CONTINUE
 
 

@@ -164,6 +164,7 @@ def _set_vector_register(ctxt: X86EmulateCtxt, op: Operand, reg: int) -> None:
         op.type = OPERAND_XMM
         op.bytes = 16
         op.reg = reg
+        ctxt.fpu.get()
         op.val = op.orig_val = ctxt.fpu.xmm[reg]
     else:
         op.type = OPERAND_MM

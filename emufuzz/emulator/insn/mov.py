@@ -1,23 +1,23 @@
 """Moves and exchanges (SDM Vol. 2A/2B: MOV, MOVZX, MOVSX, LEA, XCHG, CMPXCHG ...).
 
-emulate.c: em_mov, em_xchg, em_cmpxchg, em_mov_rm_sreg and rows of the opcode switch.
+emulate.c: em_mov, em_xchg, em_cmpxchg, em_cmpxchg8b and rows of the opcode switch.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from emufuzz.arch.regs import VCPU_REGS_RAX, VCPU_SREG_GS
+from emufuzz.arch.regs import VCPU_REGS_RAX, VCPU_REGS_RBX, VCPU_REGS_RCX, VCPU_REGS_RDX
 from emufuzz.arch.rflags import X86_EFLAGS_ZF
-from emufuzz.emulator.ctxt import Operand, X86EmulateCtxt, assign_register, reg_read, reg_rmw
+from emufuzz.emulator.ctxt import Operand, X86EmulateCtxt, assign_register, reg_read, reg_rmw, reg_write
 from emufuzz.emulator.eflags import cmp
-from emufuzz.emulator.faults import emulate_ud
 from emufuzz.emulator.x86emul import (
+    MASK32,
     MASK64,
-    OPERAND_MEM,
     OPERAND_NONE,
     OPERAND_REG,
     X86EMUL_CONTINUE,
+    X86EMUL_UNHANDLEABLE,
 )
 
 _SIGN: Final = {1: 0x80, 2: 0x8000, 4: 0x80000000}
@@ -117,13 +117,23 @@ def em_cmpxchg(ctxt: X86EmulateCtxt) -> int:
     return X86EMUL_CONTINUE
 
 
-def em_mov_rm_sreg(ctxt: X86EmulateCtxt) -> int:
-    """MOV r/m, Sreg (8C)."""
-    if ctxt.modrm_reg > VCPU_SREG_GS:
-        return emulate_ud(ctxt)
+def em_cmpxchg8b(ctxt: X86EmulateCtxt) -> int:
+    """CMPXCHG8B m64.
+
+    KVM deviation: CMPXCHG16B is unhandleable, after its operand was read; CPUID is not looked at.
+    """
     dst = ctxt.dst
-    dst.val = ctxt.ops.get_segment(ctxt, ctxt.modrm_reg).selector
-    # KVM deviation: with REX.W the memory form stores 8 bytes (SDM Vol. 2B MOV: always 16 bits).
-    if dst.bytes == 4 and dst.type == OPERAND_MEM:
-        dst.bytes = 2
+    if dst.bytes == 16:
+        ctxt.fail_reason = "CMPXCHG16B"
+        return X86EMUL_UNHANDLEABLE
+    old = dst.val
+    expected = reg_read(ctxt, VCPU_REGS_RAX) & MASK32 | (reg_read(ctxt, VCPU_REGS_RDX) & MASK32) << 32
+    if old == expected:
+        low = reg_read(ctxt, VCPU_REGS_RBX) & MASK32
+        dst.val = (reg_read(ctxt, VCPU_REGS_RCX) & MASK32) << 32 | low
+        ctxt.eflags |= X86_EFLAGS_ZF
+    else:
+        reg_write(ctxt, VCPU_REGS_RAX, old & MASK32)
+        reg_write(ctxt, VCPU_REGS_RDX, old >> 32)
+        ctxt.eflags &= ~X86_EFLAGS_ZF
     return X86EMUL_CONTINUE

@@ -60,41 +60,31 @@ from emufuzz.emulator.insn.bits import (
     em_movbe,
 )
 from emufuzz.emulator.insn.branch import em_call_near_abs, em_jmp_abs
-from emufuzz.emulator.insn.mov import em_mov
+from emufuzz.emulator.insn.farbranch import em_call_far, em_jmp_far
+from emufuzz.emulator.insn.fpu import (
+    em_fninit,
+    em_fnstcw,
+    em_fnstsw,
+    em_fxrstor,
+    em_fxsave,
+)
+from emufuzz.emulator.insn.mov import em_cmpxchg8b, em_mov
+from emufuzz.emulator.insn.msr import check_rdtsc, em_rdpid
 from emufuzz.emulator.insn.muldiv import (
     em_div_ex,
     em_idiv_ex,
     em_imul_ex,
     em_mul_ex,
 )
-from emufuzz.emulator.insn.pending import (
-    check_rdtsc,
-    check_svme,
-    check_svme_pa,
-    em_call_far,
-    em_clflush,
-    em_clflushopt,
-    em_cmpxchg8b,
-    em_fninit,
-    em_fnstcw,
-    em_fnstsw,
-    em_fxrstor,
-    em_fxsave,
-    em_hypercall,
-    em_invlpg,
-    em_jmp_far,
+from emufuzz.emulator.insn.segreg import (
     em_lgdt,
     em_lidt,
     em_lldt,
-    em_lmsw,
     em_ltr,
-    em_rdpid,
     em_sgdt,
     em_sidt,
     em_sldt,
-    em_smsw,
     em_str,
-    em_xsetbv,
 )
 from emufuzz.emulator.insn.shift import (
     em_rcl,
@@ -106,6 +96,17 @@ from emufuzz.emulator.insn.shift import (
     em_shr,
 )
 from emufuzz.emulator.insn.stack import em_pop, em_push
+from emufuzz.emulator.insn.system import (
+    check_svme,
+    check_svme_pa,
+    em_clflush,
+    em_clflushopt,
+    em_hypercall,
+    em_invlpg,
+    em_lmsw,
+    em_smsw,
+    em_xsetbv,
+)
 from emufuzz.emulator.opcode import (
     Entry,
     N,

@@ -64,32 +64,35 @@ from emufuzz.emulator.insn.branch import (
     sw_jcc,
     sw_jmp_rel,
 )
+from emufuzz.emulator.insn.farbranch import (
+    em_call_far,
+    em_iret,
+    em_jmp_far,
+    em_ret_far,
+    em_ret_far_imm,
+    sw_int,
+    sw_int3,
+    sw_into,
+)
+from emufuzz.emulator.insn.io import (
+    check_perm_in,
+    check_perm_out,
+    em_in,
+    em_out,
+)
 from emufuzz.emulator.insn.mov import (
     em_mov,
-    em_mov_rm_sreg,
     em_movsxd,
     em_xchg,
     sw_lea,
     sw_xchg_rax,
 )
 from emufuzz.emulator.insn.muldiv import em_imul_3op
-from emufuzz.emulator.insn.pending import (
-    check_perm_in,
-    check_perm_out,
-    em_call_far,
-    em_in,
-    em_iret,
-    em_jmp_far,
+from emufuzz.emulator.insn.segreg import (
     em_lseg,
+    em_mov_rm_sreg,
     em_mov_sreg_rm,
-    em_out,
     em_pop_sreg,
-    em_ret_far,
-    em_ret_far_imm,
-    sw_hlt,
-    sw_int,
-    sw_int3,
-    sw_into,
 )
 from emufuzz.emulator.insn.stack import (
     em_enter,
@@ -102,6 +105,7 @@ from emufuzz.emulator.insn.stack import (
     em_pusha,
     em_pushf,
 )
+from emufuzz.emulator.insn.system import sw_hlt
 from emufuzz.emulator.opcode import (
     Entry,
     N,

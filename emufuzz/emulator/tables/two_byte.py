@@ -44,6 +44,7 @@ from emufuzz.emulator.insn.bits import (
     sw_setcc,
 )
 from emufuzz.emulator.insn.branch import sw_jcc
+from emufuzz.emulator.insn.farbranch import em_rsm
 from emufuzz.emulator.insn.mov import (
     em_cmpxchg,
     em_mov,
@@ -51,34 +52,32 @@ from emufuzz.emulator.insn.mov import (
     sw_movzx,
     sw_nop,
 )
+from emufuzz.emulator.insn.msr import (
+    check_rdpmc,
+    check_rdtsc,
+    em_rdmsr,
+    em_rdpmc,
+    em_rdtsc,
+    em_wrmsr,
+)
 from emufuzz.emulator.insn.muldiv import em_imul
-from emufuzz.emulator.insn.pending import (
+from emufuzz.emulator.insn.segreg import em_lseg, em_pop_sreg
+from emufuzz.emulator.insn.shift import em_shld, em_shrd
+from emufuzz.emulator.insn.stack import em_push_sreg
+from emufuzz.emulator.insn.syscall import em_syscall, em_sysenter, em_sysexit
+from emufuzz.emulator.insn.system import (
     check_cr_access,
     check_dr_read,
     check_dr_write,
-    check_rdpmc,
-    check_rdtsc,
     em_clts,
     em_cpuid,
     em_cr_write,
     em_dr_write,
-    em_lseg,
-    em_pop_sreg,
-    em_rdmsr,
-    em_rdpmc,
-    em_rdtsc,
-    em_rsm,
-    em_syscall,
-    em_sysenter,
-    em_sysexit,
-    em_wrmsr,
     sw_cr_read,
     sw_dr_read,
     sw_invd,
     sw_wbinvd,
 )
-from emufuzz.emulator.insn.shift import em_shld, em_shrd
-from emufuzz.emulator.insn.stack import em_push_sreg
 from emufuzz.emulator.opcode import (
     Entry,
     N,
