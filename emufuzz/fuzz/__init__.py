@@ -1,0 +1,1 @@
+"""The fuzzer: generation of cases, campaigns, workers, findings."""

@@ -40,13 +40,13 @@ class Prefixes(NamedTuple):
 class MemoryForm(NamedTuple):
     """A memory form of ModRM and SIB.
 
-    `by_reg` is the ModRM (and SIB) bytes for each ModRM.reg. `base` and `index` are GPR numbers
+    `by_reg` is the ModRM (and SIB) bytes for each ModRM.reg. `base` and `index_reg` are GPR numbers
     (-1 = none), `seg` the default segment, `disp` the displacement's size in bytes.
     """
 
     by_reg: tuple[bytes, ...]
     base: int
-    index: int
+    index_reg: int
     shift: int
     disp: int
     seg: int

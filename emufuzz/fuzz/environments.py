@@ -4,17 +4,16 @@ There are few of them per seed, shared by many cases, so that engines can keep w
 from one. Each knows which effective addresses are good in it: inside pages that exist and segment
 limits; and which are bad: absent pages, page crossings, beyond limits, non-canonical.
 
-Linear memory, the same in all modes (all of it below 1 MiB, within reach of real mode):
+Linear memory, the same in all modes (all of it below 1 MiB, within reach of real mode), and of few
+pages, as engines compare all of them after each case:
 
-    0x01000            GDT
-    0x03000            TSS
-    0x08000, 0x09000   data within reach of 16-bit addresses in flat segments; 0x0a000 is absent
-    0x0c000            stack within the same reach
-    0x10000, 0x11000   data; 0x12000 is absent
-    0x13000            data behind an absent page
-    0x20000, 0x21000   stack; 0x1f000 and 0x22000 are absent
+    0x01000            GDT and, at 0x1800, a TSS; only in the ordinary variants
+    0x08000, 0x09000   data; 0x07000 and 0x0a000 are absent
+    0x0c000            stack (and data); 0x0b000 and 0x0d000 are absent
     0x40000 - 0x4efff  code, a fresh slot of 32 bytes per instruction
     0x4f000            code that runs into the absent page at 0x50000
+
+The variants `high` and `odd` have pages at the ends of the address space instead of 0x9000.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ SLOT_SIZE: Final = 32
 ARENA_SLOTS: Final = ARENA_SIZE // SLOT_SIZE
 EDGE_END: Final = 0x50000  # first address behind the last code page
 
-_GDT, _TSS = 0x1000, 0x3000
-_DATA_PAGES: Final = (0x8000, 0x9000, 0x10000, 0x11000, 0x13000)
-_STACK_PAGES: Final = (0xC000, 0x20000, 0x21000)
-_HIGH32_PAGES: Final = (0x7FFFF000, 0x80000000, 0xFFFFF000)
+_GDT, _TSS = 0x1000, 0x1800
+_LOW_PAGES: Final = (0x8000, 0x9000, 0xC000)
+_STACK_PAGES: Final = (0xC000,)
+_HIGH32_PAGES: Final = (0x0, 0x8000, 0xC000, 0x7FFFF000, 0x80000000, 0xFFFFF000)
 _HIGH64_PAGES: Final = (
-    0xFFFFF000, 0x100000000, 0x7FFFFFFFF000, 0xFFFF800000000000, 0xFFFFFFFFFFFFF000,
+    0x8000, 0xC000, 0xFFFFF000, 0x100000000, 0x7FFFFFFFF000, 0xFFFF800000000000,
 )  # fmt: skip
 
 #: Length of the lists of addresses, stack pointers and flags; a power of two.
@@ -86,7 +85,7 @@ VARIANTS: Final = {
     "compat32": ("flat", "based", "small", "stack16", "odd"),
     "prot64": ("flat", "high", "based"),
 }
-_CPLS: Final = {"real": (0,), "vm86": (3,)}
+_CPLS: Final[dict[str, tuple[int, ...]]] = {"real": (0,), "vm86": (3,)}
 _BITS: Final = {"prot32": 32, "compat32": 32, "prot64": 64}
 
 
@@ -94,21 +93,27 @@ _BITS: Final = {"prot32": 32, "compat32": 32, "prot64": 64}
 def environments(seed: int, mode: str) -> tuple[Environment, ...]:
     """The environments of one mode for a seed: every variant at CPL 0 and 3, some at 1 and 2."""
     rng = Random(f"environments {seed} {mode}")
-    memories = [_memory(rng, mode, high) for high in (False, True)]
-    found = []
+    memories = {
+        "flat": _memory(rng, _LOW_PAGES, tables=True),
+        "high": _memory(rng, _HIGH64_PAGES if mode == "prot64" else _HIGH32_PAGES, tables=False),
+    }
+    plain = _memory(rng, _LOW_PAGES, tables=False)
+    memories["odd"] = memories["high"]
+    found: list[Environment] = []
     for i, variant in enumerate(VARIANTS[mode]):
-        cpls = _CPLS.get(mode, (0, 3, 1 + i % 2) if mode != "prot64" and i == 1 else (0, 3))
-        for cpl in cpls:
-            found.append(_environment(rng, mode, variant, cpl, memories[variant in ("high", "odd")]))
+        cpls = _CPLS.get(mode, (0, 3))
+        if i == 1 and len(cpls) > 1 and mode != "prot64":
+            cpls = (*cpls, 1 + rng.getrandbits(1))
+        memory = memories.get(variant, plain)
+        found += [_environment(rng, mode, variant, cpl, memory) for cpl in cpls]
     return (*found, *(env for env in found if env.name.endswith("flat")))
 
 
-def _memory(rng: Random, mode: str, high: bool) -> Memory:
-    pages = _DATA_PAGES + _STACK_PAGES
-    if high:
-        pages += _HIGH64_PAGES if mode == "prot64" else _HIGH32_PAGES
-    tables = ((_GDT, _gdt()), (_TSS, bytes(0x68)))
-    return Memory(tables + tuple((page, _contents(rng)) for page in pages))
+def _memory(rng: Random, pages: tuple[int, ...], *, tables: bool) -> Memory:
+    entries = [(page, _contents(rng)) for page in pages]
+    if tables:
+        entries += [(_GDT, _gdt()), (_TSS, bytes(0x68))]
+    return Memory(tuple(entries))
 
 
 def _contents(rng: Random) -> bytes:
@@ -210,9 +215,9 @@ def _paragraph_segments(rng: Random, mode: str, variant: str) -> tuple[Segment, 
         return Segment(base >> 4, base, limit, 3, 1, dpl, 1, 0, 0, int(wide), int(wide))
 
     if variant == "based":
-        bases = [rng.randrange(0x8000, 0xA000, 16) for _ in range(3)]
-        return (seg(bases[0]), seg(0x3FFF0), seg(0x1F800), seg(bases[1]), seg(0xC000), seg(bases[2]))
-    return (seg(0x8000), seg(ARENA_BASE), seg(0x20000), seg(0x10000), seg(0), seg(0x9000))
+        bases = [rng.randrange(0x7800, 0x8800, 16) for _ in range(3)]
+        return (seg(bases[0]), seg(0x3FFF0), seg(0xB000), seg(bases[1]), seg(0), seg(bases[2]))
+    return (seg(0x8000), seg(ARENA_BASE), seg(0xC000), seg(0x8000), seg(0), seg(0x9000))
 
 
 def _data(sel: int, base: int, limit: int, kind: int, dpl: int, big: int) -> Segment:
@@ -228,14 +233,14 @@ def _descriptor_segments(rng: Random, mode: str, variant: str, cpl: int) -> tupl
     if variant in ("based", "small"):
         base = 0x8000 + rng.randrange(0, 0x800, 4)
     if variant == "small":
-        limit = rng.choice((0x8FFF, 0x97FF, 0x8FF0))
+        limit = rng.choice((0xFFF, 0x17FF, 0x13F0))
     elif variant == "expand-down":
         limit, kind = 0x83FF, 7
     ds = _data(0x30, base, limit, kind, cpl, big)
-    es = _data(0x30, 0x10000 if variant != "flat" else 0, MASK32, 3, cpl, big)
-    stack_base = 0x18000 if variant == "based" else 0
+    es = _data(0x30, 0x4000 if variant != "flat" else 0, MASK32, 3, cpl, big)
+    stack_base = 0x8000 if variant == "based" else 0
     ss = _data(0x30, stack_base, MASK32 if stack_big or variant != "small" else 0xFFFF, 3, cpl, stack_big)
-    fs = _data(0x30, rng.randrange(0x10000, 0x10800), MASK32, 3, cpl, big)
+    fs = _data(0x30, rng.randrange(0x4000, 0x8000), MASK32, 3, cpl, big)
     gs = _data(0x30, rng.randrange(0x8000, 0x8800), MASK32, 3, cpl, big)
     if variant == "odd":
         fs, gs = UNUSABLE, msgspec.structs.replace(gs, type=1)
@@ -278,7 +283,7 @@ def _targets(rng: Random, seg: Segment, nr: int, mode: str, pages: list[int], wi
         elif roll < 0.97:
             ea = boundary(rng, width)
         else:
-            ea = rng.choice((0x12000, 0xA000, 0x22000, 0x800000)) + rng.getrandbits(12) - base
+            ea = rng.choice((0x7000, 0xA000, 0xD000, 0x800000)) + rng.getrandbits(12) - base
         targets.append(ea & space & mask if width == 16 else ea & space)
     return tuple(targets)
 

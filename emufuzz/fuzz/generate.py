@@ -29,8 +29,6 @@ RUN_LENGTH: Final = 32
 FILE_COUNT: Final = 128
 #: HLT ends each case's code: nothing behind the instruction runs, whatever an engine translates.
 HLT: Final = b"\xf4"
-#: One in so many instructions lies at the end of a page with no page behind it, mostly cut short.
-EDGE_RATE: Final = 128
 
 MASK64: Final = 0xFFFFFFFFFFFFFFFF
 _ADDRESS_MASK: Final = {2: 0xFFFF, 4: 0xFFFFFFFF, 8: MASK64}
@@ -46,7 +44,7 @@ class Options:
     states: int = 1
 
 
-def generate_batch(seed: int, number: int, size: int, options: Options = Options()) -> list[Case]:  # noqa: B008 - immutable
+def generate_batch(seed: int, number: int, size: int, options: Options = Options()) -> list[Case]:
     """The first `size` cases of batch `number`; ids are `s<seed>-b<number>-<index>`.
 
     A longer batch of the same number starts with the same cases.
@@ -64,7 +62,7 @@ class Address(NamedTuple):
     """A memory operand whose registers are still to be chosen: base + index << shift + disp."""
 
     base: int
-    index: int
+    index_reg: int
     shift: int
     disp: int
     ad_bytes: int
@@ -114,14 +112,14 @@ class Generator:
                 seg = seg if seg >= 0 else form.seg
                 targets = (env.targets16 if ad == 2 else env.targets)[seg]
                 code += form.by_reg[field]
-                if form.base < 0 and form.index < 0:
+                if form.base < 0 and form.index_reg < 0:
                     ea = targets[bits >> 35 & 255]
                     end = rip + len(code) + 4 + len(imm) if form.rip_relative else 0
                     code += ((ea - end) & _DISP_MASK[form.disp]).to_bytes(form.disp, "little")
                 else:
                     disp, disp_bytes = displacements(form.disp)[bits >> 35 & 255]
                     code += disp_bytes
-                    solve = Address(form.base, form.index, form.shift, disp, ad, targets)
+                    solve = Address(form.base, form.index_reg, form.shift, disp, ad, targets)
             else:
                 low = plan.rm if plan.rm >= 0 else bits >> 24 & 7
                 rm = low | (rex & 1) << 3
@@ -135,9 +133,12 @@ class Generator:
         self._add_states(env, plan, code, rip, solve, insn)
 
     def _place(self, env: Environment, code: bytes, rip: int) -> tuple[bytes, int]:
-        """Where the instruction lies: in the next slot with HLT behind it, or at the edge of memory."""
+        """Where the instruction lies: in the next slot with HLT behind it, or at the edge of memory.
+
+        One in 512 lies at the end of a page with no page behind it, half of them cut short.
+        """
         getrandbits = self._rng.getrandbits
-        if getrandbits(7):
+        if getrandbits(9):
             self._slot = (self._slot + 1) % ARENA_SLOTS
             return code + HLT, rip
         if getrandbits(1) and len(code) > 1:

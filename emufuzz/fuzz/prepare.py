@@ -107,7 +107,7 @@ def prepare_dividend(regs: list[int], insn: Encoding, bits: int) -> None:
         regs[VCPU_REGS_RAX] &= ~0xFF00
 
 
-def prepare_loop(regs: list[int], insn: Encoding, bits: int) -> None:  # noqa: ARG001 - one signature for all
+def prepare_loop(regs: list[int], insn: Encoding, bits: int) -> None:
     """A count at which the loop ends, or nearly."""
     regs[VCPU_REGS_RCX] = _LOOPS[bits & 15] & (MASK64 if insn.env.bits == 64 else 0xFFFFFFFF)
 

@@ -1,0 +1,286 @@
+"""Comparison of what a subject did with what an oracle says, and the verdict on a case.
+
+Everything that both sides define is compared: whether the instruction completed or faulted, the
+exception, GPRs, RIP, RFLAGS, memory and the rest of the state. The only flags that do not count
+are those that the SDM leaves undefined for this very instruction (emufuzz.arch.effects); the only
+destination that does not count is one that it leaves undefined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+from emufuzz.arch.effects import (
+    ANY_COUNT,
+    UNDEFINED_FLAGS,
+    undefined_flags_exact,
+    undefined_results,
+)
+from emufuzz.arch.exceptions import PF_VECTOR
+from emufuzz.arch.regs import GPR_NAMES, SREG_NAMES
+from emufuzz.arch.rflags import X86_EFLAGS_ZF, flag_names
+from emufuzz.case.model import PAGE_SHIFT, ZERO_PAGE, Case, Outcome, System, case_pages
+from emufuzz.oracle.base import Oracle
+from emufuzz.oracle.operands import destination, operand_size, shift_count
+from emufuzz.oracle.quirks import explaining_quirk
+
+AGREE: Final = "agree"
+FINDING: Final = "finding"
+SKIPPED: Final = "skipped"
+
+#: Kinds of differences, the weightiest first: a bucket is named after the first that occurs.
+KINDS: Final = (
+    "crash",
+    "hang",
+    "fault-missing",
+    "fault-extra",
+    "fault-vector",
+    "fault-error-code",
+    "fault-address",
+    "rip",
+    "gpr",
+    "memory",
+    "system",
+    "rflags",
+)
+
+#: Leaf -> flags undefined whatever the operands; those of shifts depend on the count.
+_ALWAYS_UNDEFINED: Final = {
+    leaf: mask for leaf, mask in UNDEFINED_FLAGS.items() if undefined_flags_exact(leaf, 4, 0) == mask
+}
+
+_RUN: Final = 8  # bytes of memory in one difference
+
+
+class Difference(NamedTuple):
+    """One field on which subject and oracle differ; `kind` is one of KINDS.
+
+    `field` is a GPR's name, `rip`, `rflags`, `exception`, `mem`, or a field of System. For `mem`
+    `at` is the linear address.
+    """
+
+    field: str
+    kind: str
+    subject: str
+    oracle: str
+    at: int | None = None
+
+
+class Verdict(NamedTuple):
+    """`kind` is AGREE, FINDING or SKIPPED; `reason` names why a case was skipped."""
+
+    kind: str
+    reason: str
+    differences: tuple[Difference, ...]
+
+
+_AGREED: Final = Verdict(AGREE, "", ())
+
+
+def agree(a: Outcome, b: Outcome) -> bool:
+    """Whether subject and oracle are alike, but for flags that their leaf always leaves undefined.
+
+    The fast path: a False says only that `compare` must look.
+    """
+    if a.rip != b.rip or a.rc != b.rc or a.gpr != b.gpr or a.exception != b.exception or a.crash:
+        return False
+    if a.rflags != b.rflags and (
+        a.exception is not None or (a.rflags ^ b.rflags) & ~_ALWAYS_UNDEFINED.get(a.leaf, 0)
+    ):
+        return False
+    return a.pages == b.pages and (a.system is b.system or a.system == b.system)
+
+
+def compare(case: Case, subject: Outcome, oracle: Outcome) -> tuple[Difference, ...]:
+    """Everything on which the two outcomes differ, in the order of KINDS within groups.
+
+    When one side faults and the other does not, or with another vector, only that is reported:
+    the rest follows from it.
+    """
+    faults = tuple(_fault_differences(case, subject, oracle))
+    if any(d.kind in ("fault-missing", "fault-extra", "fault-vector") for d in faults):
+        return faults
+    rest = [
+        *_register_differences(case, subject, oracle),
+        *_memory_differences(case, subject, oracle),
+        *_system_differences(subject.system, oracle.system),
+    ]
+    if rest and subject.exception is None:
+        ignored = undefined_destination(case, subject, oracle)
+        rest = [d for d in rest if d.field != ignored]
+    return (*faults, *rest)
+
+
+def judge(case: Case, subject: Outcome, outcome: Outcome, oracle: Oracle) -> Verdict:
+    """The verdict on one case, given what subject and oracle made of it."""
+    if agree(subject, outcome):
+        return _AGREED
+    refused = refusal(subject)
+    if refused:
+        return Verdict(SKIPPED, refused, ())
+    if subject.crash or subject.hang:
+        return Verdict(FINDING, "", (failure(subject),))
+    differences = compare(case, subject, outcome)
+    if not differences:
+        return _AGREED
+    quirk = explaining_quirk(case, subject, outcome, differences)
+    if quirk:
+        return Verdict(SKIPPED, quirk, differences)
+    gap = _covering_gap(differences, outcome.unchecked or oracle.unchecked(case, outcome))
+    if gap:
+        return Verdict(SKIPPED, gap, differences)
+    return Verdict(FINDING, "", differences)
+
+
+def refusal(subject: Outcome) -> str:
+    """Why there is nothing to compare: the subject refused the case; empty if it did not."""
+    if subject.rc in ("continue", "propagate_fault") or subject.crash or subject.hang:
+        return ""
+    return f"subject-{subject.rc}: {subject.reason or 'no reason given'}"
+
+
+def failure(subject: Outcome) -> Difference:
+    """The difference that a crash or hang of the subject is."""
+    if subject.hang:
+        return Difference("subject", "hang", "hang", "")
+    return Difference("subject", "crash", subject.crash, "")
+
+
+def primary_kind(differences: tuple[Difference, ...]) -> str:
+    """The weightiest kind among differences."""
+    return min((d.kind for d in differences), key=KINDS.index)
+
+
+def _covering_gap(differences: tuple[Difference, ...], unchecked: tuple[tuple[str, str], ...]) -> str | None:
+    """The gap(s) that cover every difference, or None: one uncovered difference makes a finding."""
+    gaps: list[str] = []
+    for difference in differences:
+        for field, gap in unchecked:
+            if field in ("all", difference.field, _GROUP.get(difference.field, "")):
+                if gap not in gaps:
+                    gaps.append(gap)
+                break
+        else:
+            return None
+    return "+".join(gaps)
+
+
+#: Field -> the group under which the ledger of gaps may name it.
+_GROUP: Final = {**dict.fromkeys(GPR_NAMES, "gpr"), **dict.fromkeys(SREG_NAMES, "seg")}
+
+
+def _fault_differences(case: Case, subject: Outcome, oracle: Outcome) -> Iterator[Difference]:
+    ours, theirs = subject.exception, oracle.exception
+    if ours == theirs:
+        return
+    shown = (_show_fault(ours), _show_fault(theirs))
+    if ours is None or theirs is None:
+        yield Difference("exception", "fault-missing" if ours is None else "fault-extra", *shown)
+    elif ours[0] != theirs[0]:
+        yield Difference("exception", "fault-vector", *shown)
+    elif ours[1] != theirs[1] and case.system.cr0 & 1:
+        # Real mode pushes no error code (SDM Vol. 3A 20.1.4), so there is nothing to compare.
+        yield Difference("exception", "fault-error-code", *shown)
+    elif ours[0] == PF_VECTOR and ours[2] != theirs[2]:
+        yield Difference("exception", "fault-address", *shown)
+
+
+def _show_fault(fault: tuple[int, int | None, int | None] | None) -> str:
+    if fault is None:
+        return "none"
+    vector, code, address = fault
+    text = f"vector {vector}" + ("" if code is None else f" error {code:#x}")
+    return text if address is None else f"{text} address {address:#x}"
+
+
+def _register_differences(case: Case, subject: Outcome, oracle: Outcome) -> Iterator[Difference]:
+    if subject.rip != oracle.rip:
+        yield Difference("rip", "rip", hex(subject.rip), hex(oracle.rip))
+    for name, a, b in zip(GPR_NAMES, subject.gpr, oracle.gpr, strict=True):
+        if a != b:
+            yield Difference(name, "gpr", hex(a), hex(b))
+    differing = subject.rflags ^ oracle.rflags
+    if differing:
+        if subject.exception is None:
+            differing &= ~undefined_now(case, subject)
+        if differing:
+            yield Difference(
+                "rflags",
+                "rflags",
+                _show_flags(subject.rflags, differing),
+                _show_flags(oracle.rflags, differing),
+            )
+
+
+def _show_flags(rflags: int, differing: int) -> str:
+    """Those of the differing flags that are set."""
+    return " ".join(flag_names(rflags & differing)) or "-"
+
+
+def undefined_now(case: Case, subject: Outcome) -> int:
+    """The RFLAGS bits that the SDM leaves undefined after this instruction with these operands."""
+    if subject.leaf not in UNDEFINED_FLAGS:
+        return 0
+    count = shift_count(case, subject)
+    size = operand_size(case, subject.leaf)
+    return undefined_flags_exact(subject.leaf, size, ANY_COUNT if count is None else count)
+
+
+def undefined_destination(case: Case, subject: Outcome, oracle: Outcome) -> str | None:
+    """The field of the destination operand if the SDM leaves its value undefined, else None.
+
+    Whether the source of BSF and BSR was 0 is taken from ZF as the oracle has it.
+    """
+    size = operand_size(case, subject.leaf)
+    count = shift_count(case, subject)
+    source = 0 if oracle.rflags & X86_EFLAGS_ZF else 1
+    if undefined_results(subject.leaf, size, count=ANY_COUNT if count is None else count, source=source):
+        return destination(case, subject.leaf)
+    return None
+
+
+def _memory_differences(case: Case, subject: Outcome, oracle: Outcome) -> Iterator[Difference]:
+    if subject.pages == oracle.pages:
+        return
+    pages = case_pages(case)
+    for pfn in sorted(subject.pages.keys() | oracle.pages.keys()):
+        old = pages.get(pfn, ZERO_PAGE)
+        a, b = subject.pages.get(pfn, old), oracle.pages.get(pfn, old)
+        if a != b:
+            yield from _page_differences(pfn << PAGE_SHIFT, a, b)
+
+
+def _page_differences(address: int, a: bytes, b: bytes) -> Iterator[Difference]:
+    """Runs of at most _RUN bytes, each from a differing byte on."""
+    i, size = 0, len(a)
+    while i < size:
+        if a[i] == b[i]:
+            i += 1
+            continue
+        end = i + _RUN
+        yield Difference("mem", "memory", a[i:end].hex(), b[i:end].hex(), address + i)
+        i = end
+
+
+def _system_differences(a: System, b: System) -> Iterator[Difference]:
+    if a is b or a == b:
+        return
+    for field in System.__struct_fields__:
+        x, y = getattr(a, field), getattr(b, field)
+        if x == y:
+            continue
+        if field in _NAMES:
+            for name, p, q in zip(_NAMES[field], x, y, strict=True):
+                if p != q:
+                    yield Difference(name, "system", _show(p), _show(q))
+        else:
+            yield Difference(field, "system", _show(x), _show(y))
+
+
+#: Fields of System that are tuples: the names of their members.
+_NAMES: Final = {"seg": SREG_NAMES, "dr": tuple(f"dr{i}" for i in range(8))}
+
+
+def _show(value: Any) -> str:
+    return hex(value) if isinstance(value, int) else repr(value)

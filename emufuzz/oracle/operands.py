@@ -1,0 +1,107 @@
+"""What a comparison must know of an instruction's operands: their size and the shift count.
+
+Read from the bytes of the case, independently of the emulator's decoder.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from emufuzz.arch.leaves import LEAVES
+from emufuzz.arch.regs import GPR_NAMES, VCPU_REGS_RCX, VCPU_SREG_CS
+from emufuzz.case.model import Case, Outcome
+
+_LEGACY: Final = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
+_SEGMENTS: Final = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65))
+
+
+class PrefixFacts(NamedTuple):
+    """The prefixes of an instruction (SDM Vol. 2A 2.1.1, 2.2.1)."""
+
+    length: int
+    small_op: bool
+    small_ad: bool
+    rex: int
+    rep: int
+    lock: bool
+    segments: tuple[int, ...]
+
+
+def prefix_facts(case: Case) -> PrefixFacts:
+    """The prefixes in front of the opcode; a REX byte counts only directly before it."""
+    return _prefix_facts(case.code[:15], case.mode == "prot64")
+
+
+def _prefix_facts(code: bytes, long_mode: bool) -> PrefixFacts:
+    small_op = small_ad = lock = False
+    rex = rep = length = 0
+    segments: list[int] = []
+    for byte in code:
+        if long_mode and byte & 0xF0 == 0x40:
+            rex = byte
+        elif byte in _LEGACY:
+            rex = 0
+            small_op |= byte == 0x66
+            small_ad |= byte == 0x67
+            lock |= byte == 0xF0
+            if byte in (0xF2, 0xF3):
+                rep = byte
+            elif byte in _SEGMENTS:
+                segments.append(byte)
+        else:
+            break
+        length += 1
+    return PrefixFacts(length, small_op, small_ad, rex, rep, lock, tuple(segments))
+
+
+def default_bits(case: Case) -> int:
+    """16 or 32: the operand size that CS gives outside 64-bit mode, and 32 in it."""
+    if case.mode == "prot64" or case.system.seg[VCPU_SREG_CS].db:
+        return 32
+    return 16
+
+
+def operand_size(case: Case, leaf: str) -> int:
+    """Operand size in bytes of an instruction without a fixed one (SDM Vol. 1 3.6.1)."""
+    row = LEAVES.get(leaf)
+    if row is not None and "ByteOp" in row.flags:
+        return 1
+    prefixes = prefix_facts(case)
+    if prefixes.rex & 8:
+        return 8
+    return 2 if prefixes.small_op == (default_bits(case) == 32) else 4
+
+
+def shift_count(case: Case, subject: Outcome) -> int | None:
+    """The count of a shift or rotate before masking; None if the leaf is no shift by CL or imm8."""
+    row = LEAVES.get(subject.leaf)
+    if row is None:
+        return None
+    if row.src2 == "CL":
+        return case.gpr[VCPU_REGS_RCX] & 0xFF
+    if row.src2 == "One":
+        return 1
+    if row.src2 == "ImmByte" and subject.length:
+        return case.code[subject.length - 1]
+    return None
+
+
+def modrm(case: Case) -> tuple[int, int, int]:
+    """(mod, reg, rm) of an instruction with a ModRM byte, extended by REX.R and REX.B."""
+    prefixes = prefix_facts(case)
+    at = prefixes.length
+    at += 3 if case.code[at : at + 2] == b"\x0f\x38" else 2 if case.code[at] == 0x0F else 1
+    byte = case.code[at]
+    rex = prefixes.rex
+    return byte >> 6, byte >> 3 & 7 | (rex & 4) << 1, byte & 7 | (rex & 1) << 3
+
+
+def destination(case: Case, leaf: str) -> str:
+    """The field that holds the destination of BSF, BSR, BSWAP, SHLD or SHRD: a GPR's name or `mem`."""
+    row = LEAVES[leaf]
+    if "ModRM" not in row.flags:
+        return GPR_NAMES[row.opcode & 7 | (prefix_facts(case).rex & 1) << 3]
+    mod, reg, rm = modrm(case)
+    if row.dst == "Reg":
+        return GPR_NAMES[reg]
+    return GPR_NAMES[rm] if mod == 3 else "mem"
