@@ -1,0 +1,396 @@
+"""The Unicorn oracle: what QEMU's translator makes of a case.
+
+One engine takes every mode. Per case: the state image of its System is copied into the saved
+context, registers are packed over it, one restore, one start of one instruction, one save; then
+registers, system state and memory are compared with what went in, and only differences are decoded.
+
+A case normally runs in the fast mode: its code in a slot of a shared code page, the rest of that
+page not as the case has it. If the instruction reads that page or writes to it, or if its fetch
+reaches the page's end, the case runs again in the exact mode, with an address space of its own
+that has exactly the case's pages, code pages read-only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+from emufuzz.arch.cr import EFER_NX, X86_CR4_SMEP
+from emufuzz.arch.exceptions import (
+    AC_VECTOR,
+    DB_VECTOR,
+    DF_VECTOR,
+    GP_VECTOR,
+    NP_VECTOR,
+    PF_VECTOR,
+    PFERR_FETCH,
+    PFERR_PRESENT,
+    SS_VECTOR,
+    TS_VECTOR,
+    UD_VECTOR,
+)
+from emufuzz.arch.regs import VCPU_REGS_RCX, VCPU_SREG_CS
+from emufuzz.arch.rflags import X86_EFLAGS_RF, X86_EFLAGS_TF
+from emufuzz.case.errors import UnsupportedCaseError
+from emufuzz.case.model import (
+    PAGE_MASK,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    Case,
+    Fault,
+    Memory,
+    Outcome,
+    System,
+    case_pages,
+    code_address,
+)
+from emufuzz.oracle.unicorn.code import MAX_INSTRUCTION, CodeSlots
+from emufuzz.oracle.unicorn.engine import (
+    NO_UNTIL,
+    NO_VECTOR,
+    UC_ERR_INSN_INVALID,
+    UC_ERR_OK,
+    UNICORN_VERSION,
+    Engine,
+)
+from emufuzz.oracle.unicorn.image import HF_INHIBIT_IRQ, Template, read_system
+from emufuzz.oracle.unicorn.layout import probe
+from emufuzz.oracle.unicorn.memory import (
+    CODE_FRAMES,
+    EXECUTABLE_DATA_PAGE,
+    MAX_PAGES,
+    MEMORY_SIZE,
+    AddressSpace,
+    FramePool,
+    MemoryFullError,
+)
+from emufuzz.oracle.unicorn.prefixes import RepString, aborts_unicorn, rep_string
+
+#: A write to a code page: Unicorn would start the instruction over and never finish it.
+GAP_CODE_PAGE_WRITE: Final = "unicorn-code-page-write"
+#: Unicorn gave up for a reason that is not an exception of the guest.
+GAP_ENGINE_ERROR: Final = "unicorn-engine-error"
+
+#: Unicorn would end the process.
+GAP_ABORT: Final = "unicorn-lock-bit-register"
+
+_HAS_ERROR_CODE: Final = frozenset(
+    (DF_VECTOR, TS_VECTOR, NP_VECTOR, SS_VECTOR, GP_VECTOR, PF_VECTOR, AC_VECTOR)
+)
+_REGISTERS: Final = struct.Struct("<18Q")
+_SHADOW_MOV_SS: Final = 1
+_SHADOW_STI: Final = 2
+_STI: Final = 0xFB
+_LAST_FAST_OFFSET: Final = PAGE_SIZE - MAX_INSTRUCTION - 1
+_CACHED_TEMPLATES: Final = 4096
+
+
+class UnicornOracle:
+    """Unicorn 2.1.4 as an oracle (emufuzz.oracle.base.Oracle)."""
+
+    name = "unicorn"
+
+    def __init__(self) -> None:
+        """Open the engine and find the layout of its state.
+
+        Raises:
+            OracleUnavailableError: Unicorn is not the known version, or a probe does not match.
+        """
+        engine = self._engine = Engine(MEMORY_SIZE)
+        layout = self._layout = probe(engine)
+        engine.save()
+        self._pristine = bytes(engine.state)
+        self._code = CodeSlots(engine)
+        self._pool = FramePool(engine.buffer)
+        self._read_code = False
+        engine.hook_reads(CODE_FRAMES.start, CODE_FRAMES.stop - 1, self._on_code_read)
+        # What ordinary instructions leave alone: hflags up to the pending exception.
+        size = layout.error_code - layout.hflags
+        self._system_slice = slice(layout.hflags, layout.error_code)
+        self._system_bytes = (ctypes.c_char * size).from_address(engine.state_address + layout.hflags)
+        self._templates: dict[tuple[int, str], Template] = {}
+        self._spaces: dict[int, tuple[Memory, AddressSpace]] = {}
+        self._template: Template | None = None
+        self._memory: Memory | None = None
+        self._space = AddressSpace(self._pool, {})
+        self._image = b""
+        self._system_before = b""
+        self._cr3 = 0
+
+    def _on_code_read(self) -> None:
+        self._read_code = True
+
+    def check(self, case: Case) -> None:
+        """Raise UnsupportedCaseError if this oracle cannot take the case."""
+        if case.path is not None:
+            raise UnsupportedCaseError(f"path: unicorn runs no exit paths, got {case.path}")
+        for field in case.extra or ():
+            raise UnsupportedCaseError(f"{field}: unicorn does not know it")
+        if case.count != 1:
+            raise UnsupportedCaseError(f"count: unicorn runs one instruction, got {case.count}")
+        if case.emul_type:
+            raise UnsupportedCaseError("emul_type: it means something to KVM only")
+        if len(case.mem.pages) > MAX_PAGES:
+            raise UnsupportedCaseError(f"mem: more than {MAX_PAGES} pages")
+
+    def run(self, batch: Sequence[Case]) -> list[Outcome]:
+        """Run the cases; the outcomes come in the same order."""
+        return [self._run(case) for case in batch]
+
+    def _run(self, case: Case) -> Outcome:
+        template = self._template
+        if template is None or case.system is not template.system or case.mode != template.mode:
+            template = self._use_template(case.system, case.mode)
+        if case.mem is not self._memory:
+            self._use_memory(case.mem)
+        code = case.code
+        address = (template.code_base + case.rip) & template.address_mask
+        if b"\xf0" in code and aborts_unicorn(code, case.mode):
+            return _not_run(case)
+        if not self._code.holds(address, code) and not self._place(case, address):
+            return self._run_exact(case, template)
+        rep = None
+        if b"\xf3" in code or b"\xf2" in code:
+            rep = rep_string(code, case.mode, case.system.seg[VCPU_SREG_CS].db)
+        error = self._execute(case, template, rep)
+        engine = self._engine
+        if error or engine.vector != NO_VECTOR or self._read_code:
+            if self._needs_exact(case, template):
+                self._restore_memory()
+                return self._run_exact(case, template)
+            return self._faulted(case, template, error, rep)
+        return self._completed(case, template, rep)
+
+    def _use_template(self, system: System, mode: str) -> Template:
+        """Make the image of (system, mode) the current one; equal objects share it by identity."""
+        key = (id(system), mode)
+        template = self._templates.get(key)
+        if template is None:
+            if len(self._templates) >= _CACHED_TEMPLATES:
+                self._templates.clear()
+            template = Template(self._layout, self._pristine, system, mode)
+            self._templates[key] = template
+        self._template = template
+        self._compose(template)
+        return template
+
+    def _use_memory(self, memory: Memory) -> None:
+        """Make the address space of `memory` the current one."""
+        known = self._spaces.get(id(memory))
+        if known is None:
+            known = (memory, self._build_space(memory.pages))
+            self._spaces[id(memory)] = known
+        self._memory = memory
+        self._space = known[1]
+        if self._template is not None:
+            self._compose(self._template)
+
+    def _build_space(self, pages: dict[int, bytes]) -> AddressSpace:
+        try:
+            return AddressSpace(self._pool, pages)
+        except MemoryFullError:
+            self._spaces.clear()
+            self._pool.reset()
+            self._cr3 = 0
+            return AddressSpace(self._pool, pages)
+
+    def _compose(self, template: Template) -> None:
+        """Join template and page tables; other page tables make the TLB stale."""
+        cr3 = template.cr3(self._space)
+        if cr3 != self._cr3:
+            self._engine.flush_tlb()
+            self._cr3 = cr3
+        place = self._layout.cr + 24
+        self._image = template.image[:place] + cr3.to_bytes(8, "little") + template.image[place + 8 :]
+        self._system_before = self._image[self._system_slice]
+
+    def _place(self, case: Case, address: int) -> bool:
+        """Put the code where the fast mode can run it; False if the fast mode cannot."""
+        number = address >> PAGE_SHIFT
+        if address & PAGE_MASK > _LAST_FAST_OFFSET or number in case.mem.pages:
+            return False
+        frame = self._code.frame(number)
+        if not frame:
+            self._forget_code()
+            frame = self._code.frame(number)
+        if number not in self._space.code:
+            try:
+                self._space.map_code(number, frame)
+            except MemoryFullError:
+                return False
+        self._code.place(address, case.code)
+        return True
+
+    def _forget_code(self) -> None:
+        """Start over with code pages: all address spaces map them."""
+        self._code.drop_frames()
+        self._spaces.clear()
+        self._pool.reset()
+        self._cr3 = 0
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            self._use_memory(memory)
+
+    def _execute(self, case: Case, template: Template, rep: RepString | None) -> int:
+        """Load the state, run the instruction, save the state; gives a UC_ERR_* value."""
+        engine = self._engine
+        engine.vector = NO_VECTOR
+        self._read_code = False
+        state = engine.state
+        masked = template.masked_flags | (X86_EFLAGS_TF if rep else 0)
+        state[:] = self._image
+        _REGISTERS.pack_into(state, 0, *case.gpr, case.rip, case.rflags & ~masked)
+        engine.restore()
+        if rep is None:
+            error = engine.start(case.rip, 1)
+        elif rep.comparing:
+            return self._compare_strings(case, rep)
+        else:
+            error = engine.start(case.rip, rep.iterations(case.gpr[VCPU_REGS_RCX]))
+        engine.save()
+        return error
+
+    def _compare_strings(self, case: Case, rep: RepString) -> int:
+        """REP CMPS and SCAS one iteration at a time, for ZF may end them after any."""
+        engine = self._engine
+        for _ in range(rep.iterations(case.gpr[VCPU_REGS_RCX])):
+            error = engine.start(case.rip, 1)
+            engine.save()
+            if error or engine.vector != NO_VECTOR or self._rip() != case.rip:
+                return error
+        return UC_ERR_OK
+
+    def _rip(self) -> int:
+        return int(_REGISTERS.unpack_from(self._engine.state)[16])
+
+    def _completed(self, case: Case, template: Template, rep: RepString | None) -> Outcome:
+        """The outcome of an instruction that raised nothing."""
+        registers = _REGISTERS.unpack_from(self._engine.state)
+        rip, rflags = registers[16], registers[17]
+        masked = template.masked_flags
+        rflags = rflags & ~masked | case.rflags & masked & ~X86_EFLAGS_RF
+        outcome = Outcome(case.id, registers[:16], rip, rflags, case.system)
+        if self._system_bytes.raw != self._system_before:
+            self._read_system(case, template, outcome)
+        space = self._space
+        if self._engine.buffer[space.first : space.last] != space.original:
+            outcome.pages = space.changed_pages()
+        if rep is not None:
+            # TF was hidden from the iterations; RF is set at KVM's stopping point.
+            outcome.rflags |= case.rflags & X86_EFLAGS_TF | (X86_EFLAGS_RF if rip == case.rip else 0)
+        return outcome
+
+    def _read_system(self, case: Case, template: Template, outcome: Outcome) -> None:
+        state = self._engine.state
+        outcome.system = read_system(state, self._layout, template)
+        (hflags,) = struct.unpack_from("<I", state, self._layout.hflags)
+        if hflags & HF_INHIBIT_IRQ:
+            outcome.interruptibility = _SHADOW_STI if _STI in case.code[:MAX_INSTRUCTION] else _SHADOW_MOV_SS
+
+    def _needs_exact(self, case: Case, template: Template) -> bool:
+        """Whether the run depended on what the fast mode does not have right: the code page."""
+        if self._read_code:
+            return True
+        if self._engine.vector != PF_VECTOR or self._rip() != case.rip:
+            return False
+        return bool(self._error_code() & PFERR_PRESENT)
+
+    def _error_code(self) -> int:
+        return int(struct.unpack_from("<i", self._engine.state, self._layout.error_code)[0])
+
+    def _restore_memory(self) -> None:
+        space = self._space
+        if self._engine.buffer[space.first : space.last] != space.original:
+            space.changed_pages()
+
+    def _faulted(self, case: Case, template: Template, error: int, rep: RepString | None) -> Outcome:
+        """The outcome of a run that ended with an exception or an error of Unicorn."""
+        engine = self._engine
+        vector = UD_VECTOR if error == UC_ERR_INSN_INVALID else engine.vector
+        state = engine.state
+        (is_int,) = struct.unpack_from("<i", state, self._layout.exception_is_int)
+        trapped = vector == DB_VECTOR and case.rflags & X86_EFLAGS_TF and not is_int
+        if trapped or (self._rip() != case.rip and not is_int):
+            # The instruction is done; the next one was not wanted, nor the single-step trap.
+            return self._untrapped(case, template, rep)
+        outcome = self._completed(case, template, rep)
+        outcome.rip, outcome.rflags, outcome.interruptibility = case.rip, case.rflags, 0
+        if vector == NO_VECTOR:
+            outcome.unchecked = (("all", GAP_ENGINE_ERROR),)
+            return outcome
+        outcome.rc = "propagate_fault"
+        outcome.exception = self._fault(case, vector)
+        if vector == PF_VECTOR and self._error_code() & PFERR_PRESENT:
+            outcome.unchecked = (("all", GAP_CODE_PAGE_WRITE),)
+        return outcome
+
+    def _untrapped(self, case: Case, template: Template, rep: RepString | None) -> Outcome:
+        """The outcome without the single-step trap's mark in DR6."""
+        state, place = self._engine.state, self._layout.dr + 6 * 8
+        if self._engine.vector == DB_VECTOR:
+            struct.pack_into("<Q", state, place, case.system.dr[6])
+        return self._completed(case, template, rep)
+
+    def _fault(self, case: Case, vector: int) -> Fault:
+        if vector not in _HAS_ERROR_CODE:
+            return vector, None, None
+        code = self._error_code()
+        if vector != PF_VECTOR:
+            return vector, code, None
+        if not case.system.efer & EFER_NX and not case.system.cr4 & X86_CR4_SMEP:
+            code &= ~PFERR_FETCH
+        (cr2,) = struct.unpack_from("<Q", self._engine.state, self._layout.cr + 16)
+        return vector, code, cr2
+
+    def _run_exact(self, case: Case, template: Template) -> Outcome:
+        """Run a case with exactly its own pages, whatever it costs."""
+        pages = case_pages(case)
+        mark = self._pool.next
+        try:
+            space = AddressSpace(self._pool, pages, EXECUTABLE_DATA_PAGE)
+        except MemoryFullError:
+            self._forget_code()
+            mark = self._pool.next
+            space = AddressSpace(self._pool, pages, EXECUTABLE_DATA_PAGE)
+        address = code_address(case)
+        space.protect(range(address >> PAGE_SHIFT, (address + max(len(case.code), 1) - 1 >> PAGE_SHIFT) + 1))
+        shared, self._space = self._space, space
+        self._code.flush()
+        self._cr3 = 0
+        self._compose(template)
+        try:
+            rep = rep_string(case.code, case.mode, case.system.seg[VCPU_SREG_CS].db)
+            error = self._execute(case, template, rep)
+            if error or self._engine.vector != NO_VECTOR:
+                return self._faulted(case, template, error, rep)
+            return self._completed(case, template, rep)
+        finally:
+            self._code.flush()
+            self._pool.reset(mark)
+            self._space = shared
+            self._cr3 = 0
+            self._compose(template)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Name, version and configuration of what runs."""
+        return {"oracle": self.name, "unicorn": UNICORN_VERSION, "cpu": "Icelake-Server"}
+
+    def close(self) -> None:
+        """Release the engine and its memory."""
+        self._engine.close()
+
+
+def _not_run(case: Case) -> Outcome:
+    """What the SDM says of LOCK without a memory operand (Vol. 2A LOCK): #UD."""
+    return Outcome(
+        case.id,
+        case.gpr,
+        case.rip,
+        case.rflags,
+        case.system,
+        rc="propagate_fault",
+        exception=(UD_VECTOR, None, None),
+        unchecked=(("all", GAP_ABORT),),
+    )

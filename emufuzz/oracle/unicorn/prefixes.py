@@ -1,0 +1,66 @@
+"""What the prefixes of an instruction say, as far as the oracle must know before it runs.
+
+KVM's stopping points of REP: x86_emulate_instruction repeats a REP string instruction until RCX is
+a multiple of 1024, then returns to the guest, which stays at the instruction with RFLAGS.RF set.
+Unicorn counts iterations as instructions, so it can be stopped at the same place, a legal point
+of interruption (SDM Vol. 2B REP).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+_STRING_OPCODES: Final = frozenset((*range(0x6C, 0x70), *range(0xA4, 0xA8), *range(0xAA, 0xB0)))
+_COMPARING: Final = frozenset((0xA6, 0xA7, 0xAE, 0xAF))
+_PREFIXES: Final = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
+_BIT_OPCODES: Final = frozenset((0xAB, 0xB3, 0xBB))
+_ROUND: Final = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class RepString:
+    """A REP string instruction.
+
+    Attributes:
+        comparing: CMPS or SCAS, which ZF can end early.
+        count_mask: Which bits of RCX count, by address size.
+    """
+
+    comparing: bool
+    count_mask: int
+
+    def iterations(self, rcx: int) -> int:
+        """Iterations up to KVM's stopping point, at most 1024; 1 even if there is nothing to do."""
+        if not rcx & self.count_mask:
+            return 1
+        return rcx % _ROUND or _ROUND
+
+
+def split_prefixes(code: bytes, mode: str) -> tuple[bytes, bytes]:
+    """The prefixes of an instruction (REX included) and the rest of the code."""
+    for place, byte in enumerate(code):
+        if byte not in _PREFIXES and not (mode == "prot64" and byte & 0xF0 == 0x40):
+            return code[:place], code[place:]
+    return code, b""
+
+
+def rep_string(code: bytes, mode: str, cs_db: int) -> RepString | None:
+    """What `code` repeats, or None if it is no REP string instruction."""
+    prefixes, rest = split_prefixes(code, mode)
+    if not rest or rest[0] not in _STRING_OPCODES or not (0xF3 in prefixes or 0xF2 in prefixes):
+        return None
+    short = 0x67 in prefixes
+    if mode == "prot64":
+        count_mask = 0xFFFFFFFF if short else 0xFFFFFFFFFFFFFFFF
+    else:
+        count_mask = 0xFFFFFFFF if bool(cs_db) != short else 0xFFFF
+    return RepString(rest[0] in _COMPARING, count_mask)
+
+
+def aborts_unicorn(code: bytes, mode: str) -> bool:
+    """LOCK BTS, BTR or BTC of a register: Unicorn's translator ends the process over it."""
+    prefixes, rest = split_prefixes(code, mode)
+    if 0xF0 not in prefixes or len(rest) < 3 or rest[0] != 0x0F or rest[2] < 0xC0:
+        return False
+    return rest[1] in _BIT_OPCODES or (rest[1] == 0xBA and rest[2] & 0x38 >= 0x28)
