@@ -9,6 +9,7 @@ from typing import Final
 
 from emufuzz.emulator.access import ADDRESS_MASK
 from emufuzz.emulator.ctxt import X86EmulateCtxt
+from emufuzz.emulator.fetch import do_insn_fetch_bytes, insn_fetch
 from emufuzz.emulator.flags import (
     CheckPerm,
     EmulateOnUD,
@@ -27,6 +28,7 @@ from emufuzz.emulator.flags import (
     String,
     TwoMemOp,
 )
+from emufuzz.emulator.modrm import decode_abs, decode_modrm
 from emufuzz.emulator.opcode import (
     KIND_DUAL,
     KIND_ESCAPE,
@@ -37,7 +39,6 @@ from emufuzz.emulator.opcode import (
     KIND_RMEXT,
     Opcode,
 )
-from emufuzz.emulator.operands import decode_abs, decode_modrm, do_insn_fetch_bytes, insn_fetch
 from emufuzz.emulator.tables import ONE_BYTE, THREE_BYTE, TWO_BYTE
 from emufuzz.emulator.x86emul import (
     EMULATION_FAILED,

@@ -172,8 +172,6 @@ def em_cwd(ctxt: X86EmulateCtxt) -> int:
     dst.bytes = size
     dst.reg = VCPU_REGS_RDX
     dst.shift = 0
-    # The register may be absent from the cache; a 16-bit write-back merges with it.
-    reg_rmw(ctxt, VCPU_REGS_RDX)
     dst.val = MASK[size] if src.val >> BITS[size] - 1 & 1 else 0
     return X86EMUL_CONTINUE
 

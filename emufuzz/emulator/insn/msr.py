@@ -1,4 +1,4 @@
-"""Model-specific registers, time stamp and performance counters (SDM Vol. 2: RDMSR, WRMSR, RDTSC, RDPMC, RDPID).
+"""Model-specific registers, time stamp, performance counters (SDM Vol. 2: RDMSR, WRMSR, RDTSC, RDPMC, RDPID).
 
 emulate.c: em_wrmsr, em_rdmsr, em_rdtsc, em_rdpmc, em_rdpid, check_rdtsc, check_rdpmc.
 """
