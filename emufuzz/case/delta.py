@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import msgspec
+
 from emufuzz.arch.regs import GPR_NAMES, SREG_NAMES
 from emufuzz.case.events import events_to_json
 from emufuzz.case.fields import CONTROL_REGISTERS, DELTA, DR_NAMES, FPU_CONTROL
 from emufuzz.case.json import outcome_of
 from emufuzz.case.model import Case, Event, Fpu, Outcome, Segment, System, TableRegister, memory_changes
 from emufuzz.case.spec import reader
-
-import msgspec
 
 _read_delta: Final = reader(DELTA)
 _HEX_MEMBERS: Final = frozenset({"sel", "base", "limit"})
@@ -106,10 +106,9 @@ def _system_delta(old: System, new: System) -> dict[str, Any]:
         members = _changed_members(getattr(old, name), getattr(new, name))
         if members:
             delta[name] = members
-    for name in CONTROL_REGISTERS:
-        value = getattr(new, name)
-        if value != getattr(old, name):
-            delta[name] = hex(value)
+    delta |= {
+        name: hex(value) for name in CONTROL_REGISTERS if (value := getattr(new, name)) != getattr(old, name)
+    }
     for name, changed in (
         ("dr", _changed(DR_NAMES, old.dr, new.dr)),
         ("msr", _changed_msrs(old, new)),

@@ -1,12 +1,13 @@
-"""Callback events: the JSON form `["write","0x9000","02"]` of the tuple ("write", 0x9000, b"\\x02").
+"""Callback events: the tuple ("write", 0x9000, bytes) is the JSON array `["write","0x9000","02"]`.
 
-One row per kind of event: what its items are. An item marked optional may be absent at the end.
+One row per kind of event: what its items are. Segment registers are VCPU_SREG_*
+numbers in the tuple and names in JSON.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Final
+from collections.abc import Callable, Iterable
+from typing import Any, Final, TypeAlias
 
 from emufuzz.arch.regs import SREG_NAMES
 from emufuzz.case.model import Event
@@ -23,7 +24,15 @@ _REG: Final = Number(15, hex=False)  # number of a control or debug register
 _XCR: Final = Number(2**32 - 1, hex=False)
 _BIT: Final = Number(1, hex=False)
 _DATA: Final = Hex(4096)
-_SEG: Final = Text(SREG_NAMES)
+
+
+def _read_segment(value: Any) -> int:
+    if type(value) is not str or value not in SREG_NAMES:
+        raise FieldError(f"{shown(value)} is unknown; expected one of {', '.join(SREG_NAMES)}")
+    return SREG_NAMES.index(value)
+
+
+_SEG: Final = Custom(_read_segment, {"enum": list(SREG_NAMES)})
 _VIA: Final = Text(("std", "sys"))  # none = the *_emulated callbacks
 
 #: Kind -> (items, how many of them may be absent at the end).
@@ -79,24 +88,32 @@ def read_event(value: Any) -> Event:
     if readers is None:
         lengths = " or ".join(str(length) for length in sorted(forms))
         raise FieldError(f"a {kind} event has {lengths} items, not {len(value)}")
-    items = [kind]
+    items: list[Any] = [kind]
     try:
         for read, item in zip(readers, value[1:], strict=True):
-            items.append(read(item))  # noqa: PERF401 - the length tells which item failed
+            items.append(read(item))
     except FieldError as error:
         raise error.under(f"[{len(items)}]") from None
     return tuple(items)
 
 
-def _template(kind: str, items: tuple[Spec, ...]) -> tuple[str, tuple[int, ...]]:
-    """A %-format for the event's JSON, and which items are bytes, to be turned into hex first."""
+#: A %-format for an event's JSON, and which items need a conversion before, by which function.
+_Template: TypeAlias = tuple[str, tuple[tuple[int, Callable[[Any], str]], ...]]
+
+
+def _template(kind: str, items: tuple[Spec, ...]) -> _Template:
     forms = [f'"{kind}"']
     for item in items:
         if isinstance(item, Number):
             forms.append('"0x%x"' if item.hex else "%d")
         else:
             forms.append('"%s"')
-    return f"[{','.join(forms)}]", tuple(i + 1 for i, item in enumerate(items) if isinstance(item, Hex))
+    conversions = tuple(
+        (i + 1, bytes.hex if isinstance(item, Hex) else SREG_NAMES.__getitem__)
+        for i, item in enumerate(items)
+        if isinstance(item, Hex | Custom)
+    )
+    return f"[{','.join(forms)}]", conversions
 
 
 _TEMPLATES: Final = {
@@ -108,10 +125,12 @@ _TEMPLATES: Final = {
 
 def event_to_json(event: Event) -> str:
     """The JSON array of one event."""
-    template, hex_items = _TEMPLATES[event[0], len(event)]
+    template, conversions = _TEMPLATES[event[0], len(event)]
+    if not conversions:
+        return template % event[1:]
     values = list(event)
-    for index in hex_items:
-        values[index] = values[index].hex()
+    for index, convert in conversions:
+        values[index] = convert(values[index])
     return template % tuple(values[1:])
 
 

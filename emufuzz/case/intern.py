@@ -19,6 +19,7 @@ class Intern(Generic[T]):
         self._values: dict[T, T] = {}
 
     def __call__(self, value: T) -> T:
+        """The value that stands for all values equal to this one."""
         values = self._values
         if len(values) >= _CACHE_SIZE:
             values.clear()

@@ -3,7 +3,6 @@
 Readers are strict: an unknown field, a wrong type or a value out of range raises CaseError with a
 one-line message that names the field. `*_obj` functions work on decoded JSON, the others on text.
 """
-# ruff: noqa: A005 - the name says what is here; nothing in this package imports it as plain `json`
 
 from __future__ import annotations
 
@@ -171,10 +170,13 @@ def outcome_to_json(case: Case, outcome: Outcome, *, events: bool = True) -> byt
     if outcome.crash or outcome.hang:
         return _to_text(_failure(outcome))
     length = "null" if outcome.length is None else outcome.length
+    head = (
+        f'{{"id":{_quoted(outcome.id)},"decode_rc":"{outcome.decode_rc}","rc":"{outcome.rc}","length":{length},'
+        f'"exception":{_fault_to_json(outcome.exception)},"interruptibility":{outcome.interruptibility},'
+        f'"restarts":{outcome.restarts}'
+    )
     parts = [
-        f'{{"id":{_quoted(outcome.id)},"decode_rc":"{outcome.decode_rc}","rc":"{outcome.rc}","length":{length}'
-        f',"exception":{_fault_to_json(outcome.exception)},"interruptibility":{outcome.interruptibility}'
-        f',"restarts":{outcome.restarts}',
+        head,
         _GPR_TEMPLATE % tuple(outcome.gpr),
         f'"rip":"{outcome.rip:#x}","rflags":"{outcome.rflags:#x}"',
         system_to_json(outcome.system),

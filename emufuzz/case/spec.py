@@ -263,12 +263,12 @@ def _map_reader(spec: MapOf) -> Reader:
         items: dict[int, Any] = {}
         for text, item in value.items():
             try:
-                key = read_key(int(text) if text.isdecimal() and text.isascii() else text)
-                if key in items:
-                    raise FieldError("the same key twice")
+                key = read_key(int(text) if text.isdecimal() and text.isascii() and len(text) < 20 else text)
                 items[key] = read_item(item)
             except FieldError as error:
                 raise error.under(shown(text).strip("'")) from None
+        if len(items) != len(value):
+            raise FieldError("the same key twice, written differently")
         return items
 
     return read

@@ -18,7 +18,6 @@ from emufuzz.case.model import (
     TableRegister,
 )
 
-
 #: An equal System that was seen before, or this one: equal systems become one object.
 intern_system: Intern[System] = Intern()
 intern_segment: Intern[Segment] = Intern()

@@ -67,4 +67,4 @@ def _lines(path: Path) -> Iterator[BinaryIO]:
             yield raw
             return
         with zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-            yield io.BufferedReader(stream, 1 << 20)  # type: ignore[arg-type]  # a RawIOBase in all but type
+            yield io.BufferedReader(stream, 1 << 20)
