@@ -37,23 +37,29 @@ KEEP_CF: Final = ~(EFLAGS_MASK & ~X86_EFLAGS_CF)
 KEEP_SZAP: Final = ~(X86_EFLAGS_OF | X86_EFLAGS_CF)
 
 
-def _condition(code: int, flags: int) -> bool:
-    """Condition code `code` (SDM Vol. 1 Appendix B Table B-1) under `flags`; odd codes negate."""
-    below = bool(flags & X86_EFLAGS_CF)
-    equal = bool(flags & X86_EFLAGS_ZF)
-    less = bool(flags & X86_EFLAGS_SF) != bool(flags & X86_EFLAGS_OF)
-    positive = (
-        bool(flags & X86_EFLAGS_OF),
-        below,
-        equal,
-        below or equal,
-        bool(flags & X86_EFLAGS_SF),
-        bool(flags & X86_EFLAGS_PF),
-        less,
-        less or equal,
-    )[code >> 1]
-    return positive != bool(code & 1)
+_CONDITION_FLAGS = X86_EFLAGS_OF | X86_EFLAGS_SF | X86_EFLAGS_ZF | X86_EFLAGS_PF | X86_EFLAGS_CF
+
+
+def _conditions(flags: int) -> tuple[bool, ...]:
+    """The answers to condition codes 0..15 under `flags` (SDM Vol. 1 Appendix B Table B-1)."""
+    overflow, sign = bool(flags & X86_EFLAGS_OF), bool(flags & X86_EFLAGS_SF)
+    below, equal = bool(flags & X86_EFLAGS_CF), bool(flags & X86_EFLAGS_ZF)
+    less = sign != overflow
+    even = (overflow, below, equal, below or equal, sign, bool(flags & X86_EFLAGS_PF), less, less or equal)
+    return tuple(answer for holds in even for answer in (holds, not holds))
+
+
+def _condition_table() -> tuple[tuple[bool, ...], ...]:
+    """_conditions by code, then by RFLAGS[11:0]; worked out once per combination of the five flags."""
+    known: dict[int, tuple[bool, ...]] = {}
+    by_flags = []
+    for flags in range(0x1000):
+        tested = flags & _CONDITION_FLAGS
+        if tested not in known:
+            known[tested] = _conditions(tested)
+        by_flags.append(known[tested])
+    return tuple(zip(*by_flags, strict=True))
 
 
 #: Condition code (the low four bits of the opcode) -> answer by RFLAGS[11:0].
-CONDITION: Final = tuple(tuple(_condition(code, flags) for flags in range(0x1000)) for code in range(16))
+CONDITION: Final = _condition_table()
