@@ -78,6 +78,7 @@ class Generator:
         self._states = options.states
         self._prefix = f"s{seed}-b{number}-"
         self._cases: list[Case] = []
+        self._leaves: list[str] = []
         self._slot = number * 997 % ARENA_SLOTS
         choices = self._rng.choices
         self._files = {
@@ -96,8 +97,13 @@ class Generator:
         del cases[size:]
         return cases
 
+    def leaf_of(self, index: int) -> str:
+        """The leaf for which the case at `index` was generated; its prefixes may make it another."""
+        return self._leaves[index // self._states]
+
     def _instruction(self, env: Environment, plan: Plan, bits: int) -> None:
         """Encode one instruction and add its register states; uses 50 random bits."""
+        self._leaves.append(plan.form.leaf)
         data, op, ad, seg, rex, _, rep = plan.prefixes[bits & 511]
         code = data + plan.opcode
         imm = plan.immediates[op, ad][bits >> 9 & 1023]
