@@ -40,7 +40,9 @@ _HF_OSFXSR: Final = 1 << 22
 
 _SEGMENT: Final = struct.Struct("<I4xQII")
 _SEGMENT_SIZE: Final = 24
-#: Where CPUX86State keeps the registers es cs ss ds fs gs tr ldtr: LDTR comes before TR.
+#: Offset of CS.base from the first segment register.
+CS_BASE_OFFSET: Final = _SEGMENT_SIZE + 8
+# Where CPUX86State keeps the registers es cs ss ds fs gs tr ldtr: LDTR comes before TR.
 _SLOT: Final = (0, 1, 2, 3, 4, 5, 7, 6)
 
 _HIDDEN_CR0: Final = X86_CR0_PG | X86_CR0_WP
@@ -184,6 +186,11 @@ def _get_fpu(state: memoryview, layout: Layout) -> Fpu:
     )
 
 
+def _changed_fpu(state: memoryview, image: bytes, layout: Layout, before: Fpu) -> Fpu:
+    place = slice(layout.fpstt, layout.xmm + 16 * 64)
+    return before if state[place] == image[place] else _get_fpu(state, layout)
+
+
 def read_system(state: memoryview, layout: Layout, template: Template) -> System:
     """The System after a run: the case's own object if nothing visible changed."""
     before, image = template.system, template.image
@@ -200,7 +207,7 @@ def read_system(state: memoryview, layout: Layout, template: Template) -> System
         xcr0=before.xcr0,
         dr=struct.unpack_from("<8Q", state, layout.dr),
         msr=before.msr,
-        fpu=_get_fpu(state, layout),
+        fpu=_changed_fpu(state, image, layout, before.fpu),
     )
     return before if after == before else after
 
