@@ -14,7 +14,7 @@ from typing import Final
 from emufuzz.emulator.access import linearize
 from emufuzz.emulator.ctxt import X86EmulateCtxt
 from emufuzz.emulator.faults import emulate_gp
-from emufuzz.emulator.x86emul import MAX_INSN_LENGTH, X86EMUL_CONTINUE, X86EMUL_F_FETCH
+from emufuzz.emulator.x86emul import MASK64, MAX_INSN_LENGTH, X86EMUL_CONTINUE, X86EMUL_F_FETCH
 
 SREG_CS: Final = 1
 _UNSIGNED: Final = {1: Struct("<B"), 2: Struct("<H"), 4: Struct("<I"), 8: Struct("<Q")}
@@ -28,7 +28,7 @@ def do_insn_fetch_bytes(ctxt: X86EmulateCtxt, op_size: int) -> int:
     the end of CS (KVM: __do_insn_fetch_bytes).
     """
     have = len(ctxt.fetch_data)
-    la = linearize(ctxt, SREG_CS, ctxt.eip + have, 0, X86EMUL_F_FETCH)
+    la = linearize(ctxt, SREG_CS, ctxt.eip + have & MASK64, 0, X86EMUL_F_FETCH)
     if la < 0:
         return -la
     size = min(MAX_INSN_LENGTH ^ have, ctxt.max_size, 4096 - (la & 4095))

@@ -26,6 +26,7 @@ from emufuzz.emulator.segments import get_segment_selector, load_segment_descrip
 from emufuzz.emulator.x86emul import (
     KVM_X86_SHADOW_INT_MOV_SS,
     MASK16,
+    MASK64,
     OPERAND_MEM,
     OPERAND_NONE,
     X86EMUL_CONTINUE,
@@ -166,7 +167,7 @@ def _load_desc_ptr(ctxt: X86EmulateCtxt) -> tuple[int, int, int]:
         return rc, 0, 0
     limit = int.from_bytes(data, "little")
     size = 3 if ctxt.op_bytes == 2 else ctxt.op_bytes
-    rc, data = segmented_read_std(ctxt, src.seg, src.ea + 2, size)
+    rc, data = segmented_read_std(ctxt, src.seg, src.ea + 2 & MASK64, size)
     if rc != X86EMUL_CONTINUE:
         return rc, 0, 0
     base = int.from_bytes(data, "little")

@@ -10,6 +10,7 @@ from emufuzz.case.model import PAGE_SIZE, ZERO_PAGE, Case, Event, code_address
 from emufuzz.emulator.ctxt import X86EmulateCtxt, X86Exception
 from emufuzz.emulator.x86emul import (
     MASK32,
+    MASK64,
     X86EMUL_CMPXCHG_FAILED,
     X86EMUL_CONTINUE,
     X86EMUL_MODE_PROT64,
@@ -140,7 +141,7 @@ class FlatMemory:
         """X86EmulateOps.read_std."""
         if self.log is not None:
             self.log.append(("read", addr, size, "sys" if system else "std"))
-        return self._read(addr, size, fault, system, -1)
+        return self._read(addr, size, fault, system, MASK64)
 
     def write_std(
         self, ctxt: X86EmulateCtxt, addr: int, data: bytes, fault: X86Exception | None, system: bool
@@ -148,7 +149,7 @@ class FlatMemory:
         """X86EmulateOps.write_std."""
         if self.log is not None:
             self.log.append(("write", addr, data, "sys" if system else "std"))
-        return self._write(addr, data, fault, system, -1)
+        return self._write(addr, data, fault, system, MASK64)
 
     def read_emulated(
         self, ctxt: X86EmulateCtxt, addr: int, size: int, fault: X86Exception
@@ -172,7 +173,7 @@ class FlatMemory:
 
     @staticmethod
     def _address_mask(ctxt: X86EmulateCtxt) -> int:
-        return -1 if ctxt.mode == X86EMUL_MODE_PROT64 else MASK32
+        return MASK64 if ctxt.mode == X86EMUL_MODE_PROT64 else MASK32
 
     def cmpxchg_emulated(
         self, ctxt: X86EmulateCtxt, addr: int, old: bytes, new: bytes, fault: X86Exception
@@ -187,4 +188,4 @@ class FlatMemory:
             return self.write_emulated(ctxt, addr, new, fault)
         if page[offset : offset + size] != old:
             return X86EMUL_CMPXCHG_FAILED
-        return self._write(addr, new, fault, False, -1)
+        return self._write(addr, new, fault, False, MASK64)
