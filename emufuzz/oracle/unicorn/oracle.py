@@ -47,6 +47,7 @@ from emufuzz.case.model import (
     case_pages,
     code_address,
 )
+from emufuzz.oracle.gaps import find_gaps
 from emufuzz.oracle.unicorn.code import MAX_INSTRUCTION, CodeSlots
 from emufuzz.oracle.unicorn.engine import (
     NO_UNTIL,
@@ -56,6 +57,7 @@ from emufuzz.oracle.unicorn.engine import (
     UNICORN_VERSION,
     Engine,
 )
+from emufuzz.oracle.unicorn.gaps import UNICORN_GAPS
 from emufuzz.oracle.unicorn.image import CS_BASE_OFFSET, HF_INHIBIT_IRQ, Template, read_system
 from emufuzz.oracle.unicorn.layout import probe
 from emufuzz.oracle.unicorn.memory import (
@@ -441,6 +443,10 @@ class UnicornOracle:
         shadow = (hflags | HF_INHIBIT_IRQ).to_bytes(4, "little")
         self._image = self._image[:place] + shadow + self._image[place + 4 :]
         self._system_before = b""  # an instruction that makes a shadow itself looks unchanged
+
+    def unchecked(self, case: Case, outcome: Outcome) -> tuple[tuple[str, str], ...]:
+        """What this oracle does not vouch for: (field or "all", gap id) pairs."""
+        return outcome.unchecked + find_gaps(UNICORN_GAPS, case, outcome)
 
     def fingerprint(self) -> dict[str, str]:
         """Name, version and configuration of what runs."""
