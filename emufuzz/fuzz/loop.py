@@ -10,17 +10,20 @@ from typing import Final
 import msgspec
 
 from emufuzz.case.model import Case, Outcome
+from emufuzz.fuzz.trim import trim
 from emufuzz.oracle.base import Oracle
 from emufuzz.oracle.compare import (
     AGREE,
     SKIPPED,
     Difference,
     agree,
+    compare,
     judge,
     primary_kind,
     refusal,
 )
 from emufuzz.subject.base import Subject
+from emufuzz.subject.flat import FlatSubject
 
 #: Cases between two progress marks.
 CHUNK: Final = 128
@@ -93,6 +96,7 @@ class CampaignLoop:
         self.subject = subject
         self.oracle = oracle
         self._progress = progress
+        self._watcher = FlatSubject()
 
     def run_batch(self, number: int, cases: Sequence[Case], first: int = 0) -> BatchResult:
         """Run cases of batch `number`, from place `first` on; reports progress every CHUNK cases."""
@@ -166,7 +170,7 @@ class CampaignLoop:
         for i, outcome in enumerate(outcomes):
             if outcome.crash or outcome.hang:
                 verdict = judge(part[i], outcome, outcome, self.oracle)
-                result.add(self._finding(result, start + i, part[i], outcome, None, verdict.differences))
+                self._report(result, start + i, part[i], outcome, None, verdict.differences)
             elif reason := refusal(outcome):
                 skipped[reason] = skipped.get(reason, 0) + 1
 
@@ -192,7 +196,7 @@ class CampaignLoop:
             elif verdict.kind == SKIPPED:
                 skipped[verdict.reason] = skipped.get(verdict.reason, 0) + 1
             else:
-                result.add(self._finding(result, start + i, part[i], outcome, answer, verdict.differences))
+                self._report(result, start + i, part[i], outcome, answer, verdict.differences)
         result.agreed += agreed
         modes = [case.mode for case in part]
         seen = Counter(zip((outcome.leaf for outcome in outcomes), modes, strict=True))
@@ -200,7 +204,7 @@ class CampaignLoop:
         for key, count in seen.items():
             coverage[key] = coverage.get(key, 0) + count
 
-    def _finding(
+    def _report(
         self,
         result: BatchResult,
         index: int,
@@ -208,21 +212,27 @@ class CampaignLoop:
         outcome: Outcome,
         answer: Outcome | None,
         differences: tuple[Difference, ...],
-    ) -> Finding:
+    ) -> None:
+        """Count a finding; the first of its bucket is described."""
         kind = primary_kind(differences)
+        bucket = outcome.leaf, case.mode, kind
+        if bucket in result.bucket_cases:
+            result.bucket_cases[bucket] += 1
+            return
         if answer is None:
             verdict = f"{self.subject.name} failed: {kind}"
         else:
             verdict = f"{self.subject.name} and {self.oracle.name} disagree: {kind}"
-        return Finding(
-            outcome.leaf,
-            case.mode,
-            kind,
-            result.number,
-            index,
-            case,
-            differences,
-            outcome,
-            answer,
-            verdict,
-        )
+            case, outcome, answer, differences = self._trimmed(case, outcome, answer, differences)
+        result.add(Finding(*bucket, result.number, index, case, differences, outcome, answer, verdict))
+
+    def _trimmed(
+        self, case: Case, outcome: Outcome, answer: Outcome, differences: tuple[Difference, ...]
+    ) -> tuple[Case, Outcome, Outcome, tuple[Difference, ...]]:
+        """The finding with no more memory than it needs, if the same differs with that."""
+        small = trim(case, self._watcher)
+        (after,) = self.subject.run((small,))
+        (answered,) = self.oracle.run((small,))
+        if compare(small, after, answered) == differences:
+            return small, after, answered, differences
+        return case, outcome, answer, differences
