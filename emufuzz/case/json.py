@@ -152,7 +152,7 @@ def outcome_of(fields: dict[str, Any], case: Case) -> Outcome:
         interruptibility=get("interruptibility", 0),
         restarts=get("restarts", 0),
         pages=changed_pages(case, get("mem")),
-        events=get("events", []),
+        events=get("events") or (),
     )
 
 

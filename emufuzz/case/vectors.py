@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -17,6 +15,7 @@ from emufuzz.case.json import case_from_obj
 from emufuzz.case.model import Case
 
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
+_CHUNK: Final = 8192  # compressed bytes at a time
 
 
 def read_vectors(path: str | Path) -> Iterator[tuple[Case, dict[str, Any]]]:
@@ -30,11 +29,10 @@ def read_vectors(path: str | Path) -> Iterator[tuple[Case, dict[str, Any]]]:
     """
     number = 0
     try:
-        with _lines(Path(path)) as stream:
-            while line := stream.readline(MAX_DOCUMENT + 2):
-                number += 1
-                if not line.isspace():
-                    yield vector_from_json(line)
+        for line in _lines(Path(path)):
+            number += 1
+            if line and not line.isspace():
+                yield vector_from_json(line)
     except CaseError as error:
         raise CaseError(f"{path}:{number}: {error}") from None
     except zstandard.ZstdError as error:
@@ -59,12 +57,36 @@ def vector_from_json(line: bytes | str) -> tuple[Case, dict[str, Any]]:
     return case_from_obj(vector["case"]), vector["expect"]
 
 
-@contextmanager
-def _lines(path: Path) -> Iterator[BinaryIO]:
-    """The file as uncompressed bytes; it tells by its first bytes whether it is compressed."""
+def _lines(path: Path) -> Iterator[bytes]:
+    """The file's lines; it tells by its first bytes whether it is compressed."""
     with path.open("rb") as raw:
-        if raw.peek(4)[:4] != _ZSTD_MAGIC:
-            yield raw
+        if raw.peek(4)[:4] == _ZSTD_MAGIC:
+            yield from _split(_decompressed(raw))
             return
-        with zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-            yield io.BufferedReader(stream, 1 << 20)
+        while line := raw.readline(MAX_DOCUMENT + 2):
+            yield line
+
+
+def _decompressed(raw: BinaryIO) -> Iterator[bytes]:
+    """Pieces of the contents of all zstd frames in the file."""
+    frame = None
+    while chunk := raw.read(_CHUNK):
+        while chunk:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(chunk)
+            chunk = b""  # noqa: PLW2901 - what is left of a chunk belongs to the next frame
+            if frame.eof:
+                chunk, frame = frame.unused_data, None  # noqa: PLW2901 - as above
+    if frame is not None:
+        raise CaseError("the compressed data ends too early")
+
+
+def _split(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from lines
+        if len(rest) > MAX_DOCUMENT:
+            break
+    if rest:
+        yield rest
