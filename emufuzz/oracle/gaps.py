@@ -42,6 +42,4 @@ class Gap:
 def find_gaps(gaps: Iterable[Gap], case: Case, outcome: Outcome) -> tuple[tuple[str, str], ...]:
     """(field, gap id) of every gap that a case falls into, in the order of the ledger."""
     instruction = CaseInstruction(case)
-    return tuple(
-        (field, gap.id) for gap in gaps if gap.applies(instruction, outcome) for field in gap.fields
-    )
+    return tuple((field, gap.id) for gap in gaps if gap.applies(instruction, outcome) for field in gap.fields)

@@ -14,23 +14,25 @@ import iced_x86
 from iced_x86 import Decoder, InstructionInfoFactory, MemorySizeExt, OpAccess, Register, RegisterExt
 
 from emufuzz.arch.descriptors import DESC_CODE, DESC_EXPAND_DOWN, DESC_READABLE, DESC_WRITABLE
-from emufuzz.arch.regs import VCPU_REGS_RCX, VCPU_SREG_CS, VCPU_SREG_SS
+from emufuzz.arch.regs import VCPU_REGS_RCX, VCPU_SREG_CS, VCPU_SREG_DS, VCPU_SREG_SS
 from emufuzz.arch.rflags import X86_EFLAGS_DF
 from emufuzz.case.model import Case, Segment
 
 _SEGMENTS: Final = (Register.ES, Register.CS, Register.SS, Register.DS, Register.FS, Register.GS)
 _SEGMENT_NUMBER: Final = {register: number for number, register in enumerate(_SEGMENTS)}
 _PREFIXES: Final = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
-_READS: Final = frozenset(
-    (OpAccess.READ, OpAccess.COND_READ, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE)
-)
+_READS: Final = frozenset((OpAccess.READ, OpAccess.COND_READ, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE))
 _WRITES: Final = frozenset(
     (OpAccess.WRITE, OpAccess.COND_WRITE, OpAccess.READ_WRITE, OpAccess.READ_COND_WRITE)
 )
 _STACK_BASES: Final = frozenset(
     (Register.SP, Register.ESP, Register.RSP, Register.BP, Register.EBP, Register.RBP)
 )
-_ADDRESS_BITS: Final = {iced_x86.CodeSize.CODE16: 16, iced_x86.CodeSize.CODE32: 32, iced_x86.CodeSize.CODE64: 64}
+_ADDRESS_BITS: Final = {
+    iced_x86.CodeSize.CODE16: 16,
+    iced_x86.CodeSize.CODE32: 32,
+    iced_x86.CodeSize.CODE64: 64,
+}
 _BIT_STRINGS: Final = frozenset(
     (iced_x86.Mnemonic.BT, iced_x86.Mnemonic.BTS, iced_x86.Mnemonic.BTR, iced_x86.Mnemonic.BTC)
 )
@@ -96,7 +98,7 @@ class CaseInstruction:
 
     @cached_property
     def mnemonic(self) -> int:
-        """iced's Mnemonic, of the lax decoding."""
+        """The Mnemonic of iced, from the lax decoding."""
         return int(self._lax.mnemonic)
 
     @cached_property
@@ -111,7 +113,7 @@ class CaseInstruction:
         wide = self.long or bool(self.case.system.seg[VCPU_SREG_CS].db)
         return 32 if wide != (0x66 in self.prefixes) else 16
 
-    def _register(self, register: int) -> int:
+    def _register(self, register: Any) -> int:
         """Value of a register as an address component; RIP-relative bases are resolved by iced."""
         if register in {Register.NONE, Register.RIP, Register.EIP}:
             return 0
@@ -119,7 +121,7 @@ class CaseInstruction:
 
     def base(self, segment: int) -> int:
         """Segment base as linear addresses count it."""
-        if self.long and segment < 4:  # noqa: PLR2004 - ES, CS, SS and DS have no base there
+        if self.long and segment <= VCPU_SREG_DS:
             return 0
         return self.case.system.seg[segment].base
 

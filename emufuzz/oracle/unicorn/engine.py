@@ -18,12 +18,14 @@ from unicorn.x86_const import UC_CPU_X86_ICELAKE_SERVER
 
 from emufuzz.oracle.base import OracleUnavailableError
 
+_api: Any = unicorn  # its names are exported in a way that type checkers do not follow
+
 #: The version whose private state layout `layout` knows.
 UNICORN_VERSION: Final = "2.1.4"
 
-UC_ERR_OK: Final = unicorn.UC_ERR_OK
-UC_ERR_INSN_INVALID: Final = unicorn.UC_ERR_INSN_INVALID
-UC_ERR_EXCEPTION: Final = unicorn.UC_ERR_EXCEPTION
+UC_ERR_OK: Final = _api.UC_ERR_OK
+UC_ERR_INSN_INVALID: Final = _api.UC_ERR_INSN_INVALID
+UC_ERR_EXCEPTION: Final = _api.UC_ERR_EXCEPTION
 
 #: Bytes in front of CPUX86State in a saved context.
 CONTEXT_HEADER: Final = 40
@@ -35,8 +37,8 @@ NO_UNTIL: Final = 0
 NO_VECTOR: Final = -1
 
 _CTL_WRITE: Final = 1 << 30
-_CTL_FLUSH_TB: Final = _CTL_WRITE | unicorn.UC_CTL_TB_FLUSH
-_CTL_FLUSH_TLB: Final = _CTL_WRITE | unicorn.UC_CTL_TLB_FLUSH
+_CTL_FLUSH_TB: Final = _CTL_WRITE | _api.UC_CTL_TB_FLUSH
+_CTL_FLUSH_TLB: Final = _CTL_WRITE | _api.UC_CTL_TLB_FLUSH
 
 _InterruptHook: Final = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
 _MemoryHook: Final = ctypes.PYFUNCTYPE(
@@ -72,25 +74,25 @@ class Engine:
         Raises:
             OracleUnavailableError: Unicorn is missing a function, has another version or refuses.
         """
-        if unicorn.__version__ != UNICORN_VERSION:
+        if _api.__version__ != UNICORN_VERSION:
             raise OracleUnavailableError(
-                f"unicorn {unicorn.__version__} is installed, but only {UNICORN_VERSION} is known"
+                f"unicorn {_api.__version__} is installed, but only {UNICORN_VERSION} is known"
             )
         try:
-            self._uc: Any = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
+            self._uc: Any = _api.Uc(_api.UC_ARCH_X86, _api.UC_MODE_64)
             self._uc.ctl_set_cpu_model(UC_CPU_X86_ICELAKE_SERVER)
             # An end address would be looked up through the page tables at the end of each run, and
             # its #PF would overwrite that of the case.
-            self._uc.ctl_exits_enabled(True)  # noqa: FBT003 - the public API's signature
-            self._handle = ctypes.c_void_p(ctypes.cast(self._uc._uch, ctypes.c_void_p).value)  # noqa: SLF001 - the handle has no public name
+            self._uc.ctl_exits_enabled(True)
+            self._handle = ctypes.cast(self._uc._uch, ctypes.c_void_p)  # noqa: SLF001 - the handle has no public name
             self._library = ctypes.PyDLL(_bindings_library._name)  # noqa: SLF001 - nor has the path
             self._bind()
-        except (unicorn.UcError, AttributeError, OSError) as error:
+        except (_api.UcError, AttributeError, OSError) as error:
             raise OracleUnavailableError(f"unicorn cannot start: {error}") from error
         self._map(memory_size)
         self._hooks: list[Any] = []
         self.vector = NO_VECTOR
-        self._hook(unicorn.UC_HOOK_INTR, _InterruptHook(self._interrupted), 1, 0)
+        self._hook(_api.UC_HOOK_INTR, _InterruptHook(self._interrupted), 1, 0)
 
     @property
     def uc(self) -> Any:
@@ -120,7 +122,7 @@ class Engine:
     def _map(self, memory_size: int) -> None:
         self.buffer = mmap.mmap(-1, memory_size)
         anchor = ctypes.c_char.from_buffer(self.buffer)
-        self._uc.mem_map_ptr(0, memory_size, unicorn.UC_PROT_ALL, ctypes.addressof(anchor))
+        self._uc.mem_map_ptr(0, memory_size, _api.UC_PROT_ALL, ctypes.addressof(anchor))
         self._anchor: Any = anchor
 
     def start(self, begin: int, instructions: int) -> int:
@@ -161,7 +163,7 @@ class Engine:
         def hook(_engine: int, _kind: int, _address: int, _size: int, _value: int, _user: int) -> None:
             callback()
 
-        self._hook(unicorn.UC_HOOK_MEM_READ, _MemoryHook(hook), first, last)
+        self._hook(_api.UC_HOOK_MEM_READ, _MemoryHook(hook), first, last)
 
     def _hook(self, kind: int, callback: Any, first: int, last: int) -> None:
         number = ctypes.c_size_t()

@@ -23,6 +23,7 @@ from emufuzz.oracle.unicorn.image import cpl_of
 
 _LOCK: Final = 0xF0
 _FAR: Final = frozenset((Mnemonic.RETF, Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ))
+_UNALIGNED: Final = frozenset((Mnemonic.MOVUPS, Mnemonic.MOVUPD, Mnemonic.MOVDQU, Mnemonic.LDDQU))
 _DESCRIPTOR_STORES: Final = frozenset(
     (Mnemonic.SGDT, Mnemonic.SIDT, Mnemonic.SLDT, Mnemonic.STR, Mnemonic.SMSW)
 )
@@ -136,16 +137,49 @@ def _alignment(instruction: CaseInstruction, _outcome: Outcome) -> bool:
     """An unaligned access that must fault: #AC at CPL 3, or 16 bytes that must be aligned."""
     case = instruction.case
     checked = (
-        case.system.cr0 & X86_CR0_AM
-        and case.rflags & X86_EFLAGS_AC
-        and cpl_of(case.system, case.mode) == 3
+        case.system.cr0 & X86_CR0_AM and case.rflags & X86_EFLAGS_AC and cpl_of(case.system, case.mode) == 3
     )
     return any(
         access.size > 1
+        and not (access.size >= 16 and instruction.mnemonic in _UNALIGNED)
         and access.linear & (access.size & -access.size) - 1
         and (checked or access.size >= 16)
         for access in instruction.accesses
     )
+
+
+def _immediate_group(instruction: CaseInstruction, _outcome: Outcome) -> bool:
+    return instruction.opcode[:1] in {b"\xc6", b"\xc7"} and _modrm_reg(instruction.opcode, 1) > 0
+
+
+def _group5_undefined(instruction: CaseInstruction, outcome: Outcome) -> bool:
+    undefined = instruction.opcode[:1] == b"\xff" and _modrm_reg(instruction.opcode, 1) == 7
+    return undefined and outcome.exception is not None
+
+
+def _both_fault(instruction: CaseInstruction, outcome: Outcome) -> bool:
+    """A #PF of CMPS or PUSHA, whose accesses Unicorn makes in another order."""
+    page_fault = outcome.exception is not None and outcome.exception[0] == PF_VECTOR
+    return page_fault and (
+        instruction.opcode[:1] == b"\x60" or (instruction.opcode[:1] in {b"\xa6", b"\xa7"})
+    )
+
+
+def _near_branch66(instruction: CaseInstruction, _outcome: Outcome) -> bool:
+    opcode = instruction.opcode
+    if not instruction.long or 0x66 not in instruction.prefixes or not opcode:
+        return False
+    return (
+        opcode[0] in {0xC2, 0xC3, 0xE0, 0xE1, 0xE2, 0xE3, 0xE8, 0xE9, 0xEB}
+        or 0x70 <= opcode[0] <= 0x7F
+        or (opcode[0] == 0x0F and 0x80 <= opcode[1] <= 0x8F)
+        or (opcode[0] == 0xFF and _modrm_reg(opcode, 1) in {2, 4})
+    )
+
+
+def _return_immediate(instruction: CaseInstruction, _outcome: Outcome) -> bool:
+    opcode = instruction.opcode
+    return opcode[:1] in {b"\xc2", b"\xca"} and len(opcode) > 2 and opcode[2] >= 0x80
 
 
 def _double_shift16(instruction: CaseInstruction, _outcome: Outcome) -> bool:
@@ -167,9 +201,7 @@ def _bit_scan32(instruction: CaseInstruction, outcome: Outcome) -> bool:
 
 
 def _cmpxchg32(instruction: CaseInstruction, _outcome: Outcome) -> bool:
-    return (
-        instruction.long and instruction.mnemonic == Mnemonic.CMPXCHG and instruction.operand_bits == 32
-    )
+    return instruction.long and instruction.mnemonic == Mnemonic.CMPXCHG and instruction.operand_bits == 32
 
 
 def _movbe16(instruction: CaseInstruction, _outcome: Outcome) -> bool:
@@ -265,6 +297,21 @@ UNICORN_GAPS: Final[tuple[Gap, ...]] = (
     _gap("alignment", _alignment,
          "alignment is checked neither for #AC nor for 16-byte operands",
          "SDM Vol. 3A 6.15, #AC; Vol. 2A MOVAPS"),
+    _gap("c6-reg", _immediate_group,
+         "C6 and C7 /1 to /7 run as MOV instead of #UD",
+         "SDM Vol. 2D Table A-6"),
+    _gap("ff-7-read", _group5_undefined,
+         "FF /7 reads its operand before it is #UD",
+         "SDM Vol. 2D Table A-6", ("exception",)),
+    _gap("access-order", _both_fault,
+         "CMPS reads ES:DI first, PUSHA writes upwards: another page may be the one that faults",
+         "SDM Vol. 2A CMPS", ("exception.address", "mem")),
+    _gap("66-near-branch", _near_branch66,
+         "a near branch with prefix 66 in 64-bit mode truncates RIP; Intel processors ignore the prefix",
+         "SDM Vol. 2A JMP"),
+    _gap("ret-imm-signed", _return_immediate,
+         "the operand of RET imm16 is sign-extended",
+         "SDM Vol. 2B RET", ("gpr",)),
     _gap("shld16-count", _double_shift16,
          "SHLD and SHRD of 16 bits by more than 16 have another undefined result",
          "SDM Vol. 2B SHLD", ("gpr", "rflags", "mem")),

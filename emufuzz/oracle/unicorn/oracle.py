@@ -70,9 +70,8 @@ from emufuzz.oracle.unicorn.memory import (
     MemoryFullError,
 )
 from emufuzz.oracle.unicorn.prefixes import RepString, aborts_unicorn, rep_string
+from emufuzz.oracle.unicorn.selftest import GAP_CODE_PAGE_WRITE, self_test
 
-#: A write to a code page: Unicorn would start the instruction over and never finish it.
-GAP_CODE_PAGE_WRITE: Final = "unicorn-code-page-write"
 #: Unicorn gave up for a reason that is not an exception of the guest.
 GAP_ENGINE_ERROR: Final = "unicorn-engine-error"
 
@@ -122,6 +121,8 @@ class UnicornOracle:
         self._image = b""
         self._system_before = b""
         self._cr3 = 0
+
+        self_test(self)
 
     def _on_code_read(self) -> None:
         self._read_code = True
