@@ -74,9 +74,9 @@ def _decompressed(raw: BinaryIO) -> Iterator[bytes]:
         while chunk:
             frame = frame or zstandard.ZstdDecompressor().decompressobj()
             yield frame.decompress(chunk)
-            chunk = b""  # noqa: PLW2901 - what is left of a chunk belongs to the next frame
+            chunk = b""
             if frame.eof:
-                chunk, frame = frame.unused_data, None  # noqa: PLW2901 - as above
+                chunk, frame = frame.unused_data, None
     if frame is not None:
         raise CaseError("the compressed data ends too early")
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 
 import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from emufuzz.arch.modes import mode_of
 from emufuzz.arch.regs import GPR_NAMES
 from emufuzz.case.delta import normalise_expect, outcome_to_delta
@@ -21,8 +24,6 @@ from emufuzz.case.json import (
 )
 from emufuzz.case.model import Case, Fpu, Memory, Outcome, Segment, System, TableRegister, case_pages
 from emufuzz.case.spec import Hex, Number, Text
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def bits(width):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+
 from emufuzz.arch import cr
 from emufuzz.arch.descriptors import DescStruct
 from emufuzz.arch.modes import MODES, mode_of

@@ -1,9 +1,11 @@
+# ruff: noqa: E501 - one bad input per row reads best
 from __future__ import annotations
 
 import json
 
 import msgspec
 import pytest
+
 from emufuzz.case.catalogue import catalogue
 from emufuzz.case.errors import CaseError
 from emufuzz.case.json import (

@@ -5,13 +5,14 @@ import json
 from pathlib import Path
 
 import pytest
+from jsonschema import Draft202012Validator
+
 from emufuzz.case.catalogue import catalogue
 from emufuzz.case.delta import expect_to_outcome
 from emufuzz.case.errors import CaseError
 from emufuzz.case.json import case_from_obj, case_to_obj, outcome_from_obj, outcome_to_obj
 from emufuzz.case.schema import case_schema, delta_schema, outcome_schema
 from emufuzz.case.vectors import read_vectors
-from jsonschema import Draft202012Validator
 
 VECTORS = Path(__file__).parents[2] / "data" / "vectors" / "kvm-6.12.jsonl.zst"
 CASE = Draft202012Validator(case_schema())

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+
 from emufuzz.case.delta import expect_to_outcome, normalise_expect, outcome_to_delta
 from emufuzz.case.errors import CaseError
 from emufuzz.case.json import case_from_json, case_to_json, outcome_from_json, outcome_to_json
