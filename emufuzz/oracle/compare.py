@@ -56,8 +56,8 @@ _RUN: Final = 8  # bytes of memory in one difference
 class Difference(NamedTuple):
     """One field on which subject and oracle differ; `kind` is one of KINDS.
 
-    `field` is a GPR's name, `rip`, `rflags`, `exception`, `mem`, or a field of System. For `mem`
-    `at` is the linear address.
+    `field` is a GPR's name, `rip`, `rflags`, `exception` (`.error_code`, `.address`), `mem`, `seg.cs`,
+    or another field of System. For `mem` `at` is the linear address.
     """
 
     field: str
@@ -156,18 +156,17 @@ def _covering_gap(differences: tuple[Difference, ...], unchecked: tuple[tuple[st
     """The gap(s) that cover every difference, or None: one uncovered difference makes a finding."""
     gaps: list[str] = []
     for difference in differences:
-        for field, gap in unchecked:
-            if field in ("all", difference.field, _GROUP.get(difference.field, "")):
-                if gap not in gaps:
-                    gaps.append(gap)
-                break
-        else:
+        gap = next((gap for field, gap in unchecked if _covers(field, difference.field)), None)
+        if gap is None:
             return None
+        if gap not in gaps:
+            gaps.append(gap)
     return "+".join(gaps)
 
 
-#: Field -> the group under which the ledger of gaps may name it.
-_GROUP: Final = {**dict.fromkeys(GPR_NAMES, "gpr"), **dict.fromkeys(SREG_NAMES, "seg")}
+def _covers(field: str, of: str) -> bool:
+    """Whether a gap about `field` is about a difference in `of`: the same, or a part of it."""
+    return field in ("all", of) or of.startswith(field + ".") or (field == "gpr" and of in GPR_NAMES)
 
 
 def _fault_differences(case: Case, subject: Outcome, oracle: Outcome) -> Iterator[Difference]:
@@ -181,9 +180,9 @@ def _fault_differences(case: Case, subject: Outcome, oracle: Outcome) -> Iterato
         yield Difference("exception", "fault-vector", *shown)
     elif ours[1] != theirs[1] and case.system.cr0 & 1:
         # Real mode pushes no error code (SDM Vol. 3A 20.1.4), so there is nothing to compare.
-        yield Difference("exception", "fault-error-code", *shown)
+        yield Difference("exception.error_code", "fault-error-code", *shown)
     elif ours[0] == PF_VECTOR and ours[2] != theirs[2]:
-        yield Difference("exception", "fault-address", *shown)
+        yield Difference("exception.address", "fault-address", *shown)
 
 
 def _show_fault(fault: tuple[int, int | None, int | None] | None) -> str:
@@ -279,7 +278,7 @@ def _system_differences(a: System, b: System) -> Iterator[Difference]:
 
 
 #: Fields of System that are tuples: the names of their members.
-_NAMES: Final = {"seg": SREG_NAMES, "dr": tuple(f"dr{i}" for i in range(8))}
+_NAMES: Final = {"seg": tuple(f"seg.{name}" for name in SREG_NAMES), "dr": tuple(f"dr{i}" for i in range(8))}
 
 
 def _show(value: Any) -> str:

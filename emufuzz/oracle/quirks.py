@@ -2,7 +2,7 @@
 
 The port keeps these on purpose. A rule names its leaves and checks the whole set of differences
 against what exactly KVM does, so that another fault in the same instruction is still a finding.
-Ids are `kvm-quirk-<name>`; a case that a rule explains is counted under that id.
+A case that a rule explains is counted under the rule's id.
 """
 
 from __future__ import annotations
@@ -11,23 +11,217 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from emufuzz.case.model import Case, Outcome
+from emufuzz.arch.exceptions import GP_VECTOR, PF_VECTOR, SS_VECTOR, UD_VECTOR
+from emufuzz.arch.leaves import leaf_rows
+from emufuzz.arch.regs import (
+    GPR_NAMES,
+    VCPU_REGS_RAX,
+    VCPU_REGS_RBP,
+    VCPU_REGS_RCX,
+    VCPU_REGS_RDI,
+    VCPU_REGS_RSI,
+    VCPU_REGS_RSP,
+    VCPU_SREG_SS,
+)
+from emufuzz.arch.rflags import (
+    X86_EFLAGS_IOPL,
+    X86_EFLAGS_SF,
+    X86_EFLAGS_ZF,
+)
+from emufuzz.case.model import Case, Outcome, memory_changes
+from emufuzz.oracle.operands import modrm, operand_size, prefix_facts
 
 if TYPE_CHECKING:
     from emufuzz.oracle.compare import Difference
 
+#: Whether a rule explains all differences of (case, subject, oracle).
+Explains = Callable[[Case, Outcome, Outcome, "Sequence[Difference]"], bool]
+
 
 @dataclass(frozen=True, slots=True)
 class Quirk:
-    """One departure: `leaves` None = any leaf; `reference` says what the hardware does and where."""
+    """One departure: what KVM does, what the hardware does, and where that is written."""
 
     id: str
-    leaves: frozenset[str] | None
+    leaves: frozenset[str]
+    kvm: str
     reference: str
-    explains: Callable[[Case, Outcome, Outcome, Sequence[Difference]], bool]
+    explains: Explains
 
 
-QUIRKS: Final[tuple[Quirk, ...]] = ()
+def _fields(differences: Sequence[Difference]) -> set[str]:
+    return {difference.field for difference in differences}
+
+
+def _mask(size: int) -> int:
+    return (1 << size * 8) - 1
+
+
+def _repeated_scan(case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]) -> bool:
+    """F3 BSF/BSR: the processor counts zeros, KVM scans."""
+    if prefix_facts(case).rep != 0xF3 or subject.exception or oracle.exception:
+        return False
+    size = operand_size(case, subject.leaf)
+    number = modrm(case)[1]
+    name = GPR_NAMES[number]
+    if not _fields(differences) <= {name, "rflags"}:
+        return False
+    counted = oracle.gpr[number] & _mask(size)
+    if counted == size * 8:  # a zero source: KVM leaves the destination alone
+        return subject.gpr[number] == case.gpr[number] and bool(subject.rflags & X86_EFLAGS_ZF)
+    index = counted if subject.leaf == "0fbc" else size * 8 - 1 - counted
+    high = 0 if size >= 4 else case.gpr[number] & ~_mask(size)
+    return subject.gpr[number] == high | index and not subject.rflags & X86_EFLAGS_ZF
+
+
+def _ascii_adjust(case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]) -> bool:
+    """AAM, AAD: SF and ZF of AX or EAX instead of AL."""
+    if _fields(differences) != {"rflags"}:
+        return False
+    size = operand_size(case, subject.leaf)
+    value = subject.gpr[VCPU_REGS_RAX] & _mask(size)
+    expected = (X86_EFLAGS_SF if value >> size * 8 - 1 else 0) | (0 if value else X86_EFLAGS_ZF)
+    changed = X86_EFLAGS_SF | X86_EFLAGS_ZF
+    undefined = _ASCII_UNDEFINED
+    return subject.rflags & changed == expected and not (subject.rflags ^ oracle.rflags) & ~(
+        changed | undefined
+    )
+
+
+#: OF, AF and CF, which AAM and AAD leave undefined.
+_ASCII_UNDEFINED: Final = 0x811
+
+
+def _vm86_interrupt_flag(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]) -> bool:
+    """CLI, STI in virtual-8086 mode with IOPL 3: KVM refuses."""
+    return (
+        case.mode == "vm86"
+        and case.rflags & X86_EFLAGS_IOPL == X86_EFLAGS_IOPL
+        and subject.exception == (GP_VECTOR, 0, None)
+        and oracle.exception is None
+    )
+
+
+def _vm86_flags(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]) -> bool:
+    """PUSHF in virtual-8086 mode with IOPL < 3 is not refused; POPF only after it read the stack."""
+    if case.mode != "vm86" or case.rflags & X86_EFLAGS_IOPL == X86_EFLAGS_IOPL:
+        return False
+    if oracle.exception != (GP_VECTOR, 0, None):
+        return False
+    faulted_first = subject.exception is not None and subject.exception[0] in (PF_VECTOR, SS_VECTOR)
+    return faulted_first or (subject.leaf == "9c" and subject.exception is None)
+
+
+def _register_prefetch(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]) -> bool:
+    """PREFETCH with a register operand is a NOP to KVM."""
+    return (
+        modrm(case)[0] == 3
+        and subject.exception is None
+        and oracle.exception == (UD_VECTOR, None, None)
+        and not subject.pages
+        and tuple(subject.gpr) == case.gpr
+    )
+
+
+def _stack_width(case: Case) -> int:
+    """Bytes of the stack pointer."""
+    if case.mode == "prot64":
+        return 8
+    return 4 if case.system.seg[VCPU_SREG_SS].db else 2
+
+
+def _enter(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]) -> bool:
+    """ENTER n, 0: KVM pushes as many bytes of RBP as the stack pointer has, and probes no frame."""
+    at = prefix_facts(case).length + 1
+    frame = int.from_bytes(case.code[at : at + 2], "little")
+    width = _stack_width(case)
+    mask = _mask(width)
+    rsp = case.gpr[VCPU_REGS_RSP]
+    pushed = rsp - width & mask
+    if subject.exception is not None:
+        # The push itself: another width than the processor's may reach another page.
+        return width != _enter_size(case) and subject.exception[0] in (PF_VECTOR, SS_VECTOR)
+    registers = list(case.gpr)
+    registers[VCPU_REGS_RBP] = case.gpr[VCPU_REGS_RBP] & ~mask | pushed
+    registers[VCPU_REGS_RSP] = rsp & ~mask | pushed - frame & mask
+    if registers != list(subject.gpr) or subject.rflags != oracle.rflags:
+        return False
+    return width != _enter_size(case) or oracle.exception is not None
+
+
+def _enter_size(case: Case) -> int:
+    """Bytes that the processor pushes."""
+    size = operand_size(case, "c8")
+    return 8 if case.mode == "prot64" and size == 4 else size
+
+
+def _zero_count(case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]) -> bool:
+    """REP with ECX = 0 and a 32-bit address size: RCX is cleared, and MOVS and STOS cut RSI and RDI.
+
+    Intel processors do this (KVM copies them for guests with such a vendor string); Unicorn does not.
+    """
+    rcx = case.gpr[VCPU_REGS_RCX]
+    if case.vendor != "intel" or not prefix_facts(case).rep or rcx & 0xFFFFFFFF or subject.exception:
+        return False
+    registers = list(case.gpr)
+    registers[VCPU_REGS_RCX] = 0
+    cut = {"a4": (VCPU_REGS_RSI, VCPU_REGS_RDI), "aa": (VCPU_REGS_RDI,)}
+    cut |= {"a5": cut["a4"], "ab": cut["aa"]}
+    for number in cut.get(subject.leaf, ()):
+        registers[number] &= 0xFFFFFFFF
+    allowed = {GPR_NAMES[n] for n in (VCPU_REGS_RCX, VCPU_REGS_RSI, VCPU_REGS_RDI)}
+    return (
+        prefix_facts(case).small_ad
+        and list(subject.gpr) == registers
+        and _fields(differences) <= allowed
+        and tuple(oracle.gpr) == case.gpr
+    )
+
+
+def _wide_segment_store(
+    case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]
+) -> bool:
+    """MOV m, Sreg, SLDT and STR with REX.W store 8 bytes, of which 6 are zero."""
+    if prefix_facts(case).rex & 8 == 0 or modrm(case)[0] == 3 or subject.exception:
+        return False
+    if oracle.exception is not None or _fields(differences) != {"mem"}:
+        return False
+    theirs = {at + i: byte for at, data in memory_changes(case, oracle) for i, byte in enumerate(data)}
+    ours = {at + i: byte for at, data in memory_changes(case, subject) for i, byte in enumerate(data)}
+    extra = {at: byte for at, byte in ours.items() if theirs.get(at) != byte}
+    return not any(extra.values()) and len(extra) <= 6 and all(ours.get(at) == b for at, b in theirs.items())
+
+
+_STRINGS: Final = frozenset(row.leaf for row in leaf_rows() if "String" in row.flags)
+
+# fmt: off
+QUIRKS: Final[tuple[Quirk, ...]] = (
+    Quirk("kvm-quirk-06-tzcnt-lzcnt", frozenset(("0fbc", "0fbd")),
+          "TZCNT and LZCNT run as BSF and BSR",
+          "SDM Vol. 2B LZCNT, TZCNT", _repeated_scan),
+    Quirk("kvm-quirk-08-aam-aad-flags", frozenset(("d4", "d5")),
+          "SF and ZF describe the whole operand, not AL",
+          "SDM Vol. 2A AAM, AAD", _ascii_adjust),
+    Quirk("kvm-quirk-14-wide-segment-store", frozenset(("8c", "0f00/0", "0f00/1")),
+          "with REX.W a segment selector is stored as 8 bytes",
+          "SDM Vol. 2B MOV, SLDT, STR", _wide_segment_store),
+    Quirk("kvm-quirk-19-vm86-cli-sti", frozenset(("fa", "fb")),
+          "CLI and STI in virtual-8086 mode are #GP(0) whatever the IOPL",
+          "SDM Vol. 3B 20.2.7", _vm86_interrupt_flag),
+    Quirk("kvm-quirk-20-vm86-pushf-popf", frozenset(("9c", "9d")),
+          "PUSHF does not look at IOPL, POPF only after reading the stack",
+          "SDM Vol. 3B 20.2.7", _vm86_flags),
+    Quirk("kvm-quirk-21-enter", frozenset(("c8",)),
+          "ENTER pushes RBP in the stack's address size and does not probe the new frame",
+          "SDM Vol. 2A ENTER", _enter),
+    Quirk("kvm-quirk-41-prefetch-register", frozenset(("0f0d", "0f18")),
+          "a register operand is accepted",
+          "SDM Vol. 2B PREFETCHW", _register_prefetch),
+    Quirk("kvm-rep-zero-count", _STRINGS,
+          "REP with ECX = 0 and 32-bit addresses truncates RCX, RSI and RDI, as Intel processors do",
+          "SDM Vol. 2B REP", _zero_count),
+)
+# fmt: on
 
 
 def explaining_quirk(
@@ -35,8 +229,6 @@ def explaining_quirk(
 ) -> str | None:
     """The id of the first quirk that explains all differences, or None."""
     for quirk in QUIRKS:
-        if quirk.leaves is not None and subject.leaf not in quirk.leaves:
-            continue
-        if quirk.explains(case, subject, oracle, differences):
+        if subject.leaf in quirk.leaves and quirk.explains(case, subject, oracle, differences):
             return quirk.id
     return None
