@@ -23,11 +23,17 @@ from emufuzz.emulator.x86emul import (
     EMULATION_RESTART,
     EMULTYPE_TRAP_UD,
     MASK64,
+    X86EMUL_INTERCEPTED,
+    X86EMUL_IO_NEEDED,
     X86EMUL_NAMES,
 )
 from emufuzz.subject.flat.ops import FlatOps, load_fpu, read_fpu
+from emufuzz.subject.flat.scripted import ScriptedOps, read_script
 
 _PACKAGE: Final = Path(__file__).parents[2]
+#: Results after which x86.c commits nothing: userspace or a nested hypervisor goes on. After the
+#: other ones it takes over RIP, which did not move, and RFLAGS, which may have changed.
+_UNCOMMITTED: Final = (X86EMUL_IO_NEEDED, X86EMUL_INTERCEPTED)
 
 
 class FlatSubject:
@@ -45,6 +51,7 @@ class FlatSubject:
         self._ops = FlatOps()
         self._ctxt = X86EmulateCtxt(self._ops)
         self._fpu: Fpu | None = None
+        self._asks_intercepts = False
 
     def fingerprint(self) -> dict[str, str]:
         """Name and version of what ran."""
@@ -54,19 +61,33 @@ class FlatSubject:
         """Raise UnsupportedCaseError for cases that need the KVM model."""
         if case.path is not None:
             raise UnsupportedCaseError("path: the emulator alone has no exit paths")
-        for field in case.extra or ():
-            raise UnsupportedCaseError(f"{field}: the emulator alone cannot take it")
+        for field, value in (case.extra or {}).items():
+            if field != "callbacks":
+                raise UnsupportedCaseError(f"{field}: the emulator alone cannot take it")
+            read_script(value)
 
     def run(self, batch: Sequence[Case]) -> list[Outcome]:
         """Run the cases in order; a Python exception becomes the outcome's `crash`."""
         outcomes = []
         for case in batch:
             try:
-                outcomes.append(self._run(case))
+                outcomes.append(self._run_scripted(case) if case.extra else self._run(case))
             except Exception as error:  # noqa: BLE001 - any crash of the thing under test is a result
                 outcomes.append(_crashed(case, error))
                 self._reset()
         return outcomes
+
+    def _run_scripted(self, case: Case) -> Outcome:
+        """Run a case with callback results of its own."""
+        usual = self._ops
+        scripted = ScriptedOps((case.extra or {}).get("callbacks", ()))
+        self._ops = self._ctxt.ops = scripted
+        self._asks_intercepts = scripted.asks_intercepts
+        try:
+            return self._run(case)
+        finally:
+            self._ops = self._ctxt.ops = usual
+            self._asks_intercepts = False
 
     def _run(self, case: Case) -> Outcome:
         ops, ctxt = self._ops, self._ctxt
@@ -108,13 +129,13 @@ class FlatSubject:
         restarts = 0
         result = decoded
         if decoded == EMULATION_OK:
-            result = x86_emulate_insn(ctxt)
+            result = x86_emulate_insn(ctxt, self._asks_intercepts)
             while result == EMULATION_RESTART:
                 restarts += 1
                 if case.single:
                     break
                 ctxt.exception.address = 0
-                result = x86_emulate_insn(ctxt)
+                result = x86_emulate_insn(ctxt, self._asks_intercepts)
         opcode = ctxt.opcode
         outcome = Outcome(
             case.id,
@@ -137,8 +158,9 @@ class FlatSubject:
             outcome.rc = "unhandleable"
         else:
             outcome.rc = X86EMUL_NAMES[ctxt.rc]
-            outcome.rip = ctxt.eip & MASK64
-            outcome.rflags = ctxt.eflags
+            if ctxt.rc not in _UNCOMMITTED:
+                outcome.rip = ctxt.eip & MASK64
+                outcome.rflags = ctxt.eflags
         return outcome
 
     def _fault(self) -> Fault:
