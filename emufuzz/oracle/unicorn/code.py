@@ -70,6 +70,10 @@ class CodeSlots:
         else:
             translated[first] = translated[last] = None
 
+    def branched_to(self, address: int) -> None:
+        """Note that a branch ended at `address`: Unicorn has translated what lies there, too."""
+        self._translated.setdefault(address & ~_SLOT_MASK, None)
+
     def flush(self) -> None:
         """Forget all translations."""
         self._engine.flush_translations()

@@ -330,6 +330,9 @@ class UnicornOracle:
         outcome = Outcome(case.id, registers[:16], rip, rflags, case.system)
         if self._system_bytes.raw != self._system_before:
             self._read_system(case, template, outcome)
+        if not 0 <= rip - case.rip <= MAX_INSTRUCTION:
+            base = 0 if template.mode == "prot64" else outcome.system.seg[VCPU_SREG_CS].base
+            self._code.branched_to(base + rip & template.address_mask)
         space = self._space
         if self._engine.buffer[space.first : space.last] != space.original:
             outcome.pages = space.changed_pages()
