@@ -149,7 +149,8 @@ def _alignment(instruction: CaseInstruction, _outcome: Outcome) -> bool:
 
 
 def _immediate_group(instruction: CaseInstruction, _outcome: Outcome) -> bool:
-    return instruction.opcode[:1] in {b"\xc6", b"\xc7"} and _modrm_reg(instruction.opcode, 1) > 0
+    opcode = instruction.opcode
+    return opcode[:1] in {b"\xc6", b"\xc7"} and len(opcode) > 1 and opcode[1] >= 0xF8
 
 
 def _group5_undefined(instruction: CaseInstruction, outcome: Outcome) -> bool:
@@ -211,8 +212,11 @@ def _movbe16(instruction: CaseInstruction, _outcome: Outcome) -> bool:
 
 
 def _x87(instruction: CaseInstruction, _outcome: Outcome) -> bool:
+    """x87 and FXSAVE, and what must raise #MF for a pending exception (FSW.ES)."""
     opcode = instruction.opcode
-    return bool(opcode) and (opcode[0] & 0xF8 == 0xD8 or opcode[:2] == b"\x0f\xae")
+    pending = instruction.case.system.fpu.fsw & 0x80
+    waits = opcode[:1] == b"\x9b" or opcode[:2] in {b"\x0f\x6f", b"\x0f\x7f"}
+    return opcode[:2] == b"\x0f\xae" or (bool(opcode) and opcode[0] & 0xF8 == 0xD8) or bool(pending and waits)
 
 
 def _gap(
@@ -298,7 +302,7 @@ UNICORN_GAPS: Final[tuple[Gap, ...]] = (
          "alignment is checked neither for #AC nor for 16-byte operands",
          "SDM Vol. 3A 6.15, #AC; Vol. 2A MOVAPS"),
     _gap("c6-reg", _immediate_group,
-         "C6 and C7 /1 to /7 run as MOV instead of #UD",
+         "C6 and C7 /7 of a register, XABORT and XBEGIN, run as MOV",
          "SDM Vol. 2D Table A-6"),
     _gap("ff-7-read", _group5_undefined,
          "FF /7 reads its operand before it is #UD",
@@ -325,7 +329,7 @@ UNICORN_GAPS: Final[tuple[Gap, ...]] = (
          "MOVBE in a 16-bit code segment takes the operand size of a 32-bit one",
          "SDM Vol. 2B MOVBE"),
     _gap("x87", _x87,
-         "x87 and FXSAVE state other than the registers themselves is not kept as processors do",
-         "SDM Vol. 1 8.1"),
+         "pending x87 exceptions raise no #MF; pointers and reserved fields differ from processors'",
+         "SDM Vol. 1 8.7"),
 )
 # fmt: on

@@ -69,7 +69,7 @@ from emufuzz.oracle.unicorn.memory import (
     FramePool,
     MemoryFullError,
 )
-from emufuzz.oracle.unicorn.prefixes import RepString, aborts_unicorn, rep_string
+from emufuzz.oracle.unicorn.prefixes import RepString, aborts_unicorn, makes_shadow, rep_string
 from emufuzz.oracle.unicorn.selftest import GAP_CODE_PAGE_WRITE, self_test
 
 #: Unicorn gave up for a reason that is not an exception of the guest.
@@ -319,7 +319,7 @@ class UnicornOracle:
         """Whether CS:RIP is where the case began: the instruction raised its exception itself."""
         (cs_base,) = struct.unpack_from("<Q", self._engine.state, self._layout.segs + CS_BASE_OFFSET)
         (before,) = struct.unpack_from("<Q", self._image, self._layout.segs + CS_BASE_OFFSET)
-        return bool(cs_base == before) and self._rip() == case.rip
+        return cs_base == before and self._rip() == case.rip
 
     def _completed(self, case: Case, template: Template, rep: RepString | None) -> Outcome:
         """The outcome of an instruction that raised nothing."""
@@ -423,7 +423,7 @@ class UnicornOracle:
         self._compose(template)
         try:
             rep = rep_string(case.code, case.mode, case.system.seg[VCPU_SREG_CS].db)
-            if rep is None:
+            if rep is None and not makes_shadow(case.code, case.mode):
                 self._single_instruction_blocks()
             error = self._execute(case, template, rep)
             if error or self._engine.vector != NO_VECTOR:
@@ -446,7 +446,6 @@ class UnicornOracle:
         (hflags,) = struct.unpack_from("<I", self._image, place)
         shadow = (hflags | HF_INHIBIT_IRQ).to_bytes(4, "little")
         self._image = self._image[:place] + shadow + self._image[place + 4 :]
-        self._system_before = b""  # an instruction that makes a shadow itself looks unchanged
 
     def unchecked(self, case: Case, outcome: Outcome) -> tuple[tuple[str, str], ...]:
         """What this oracle does not vouch for: (field or "all", gap id) pairs."""

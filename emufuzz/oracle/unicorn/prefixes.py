@@ -64,3 +64,11 @@ def aborts_unicorn(code: bytes, mode: str) -> bool:
     if 0xF0 not in prefixes or len(rest) < 3 or rest[0] != 0x0F or rest[2] < 0xC0:
         return False
     return rest[1] in _BIT_OPCODES or (rest[1] == 0xBA and rest[2] & 0x38 >= 0x28)
+
+
+def makes_shadow(code: bytes, mode: str) -> bool:
+    """POP SS, MOV SS and STI, which end a translation by themselves."""
+    _, rest = split_prefixes(code, mode)
+    return rest[:1] in {b"\x17", b"\xfb"} or (
+        rest[:1] == b"\x8e" and rest[1:2] != b"" and rest[1] & 0x38 == 0x10
+    )
