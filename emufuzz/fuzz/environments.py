@@ -237,7 +237,7 @@ def _descriptor_segments(rng: Random, mode: str, variant: str, cpl: int) -> tupl
     elif variant == "expand-down":
         limit, kind = 0x83FF, 7
     ds = _data(0x30, base, limit, kind, cpl, big)
-    es = _data(0x30, 0x4000 if variant != "flat" else 0, MASK32, 3, cpl, big)
+    es = _data(0x30, 0x4000 if variant not in ("flat", "high") else 0, MASK32, 3, cpl, big)
     stack_base = 0x8000 if variant == "based" else 0
     ss = _data(0x30, stack_base, MASK32 if stack_big or variant != "small" else 0xFFFF, 3, cpl, stack_big)
     fs = _data(0x30, rng.randrange(0x4000, 0x8000), MASK32, 3, cpl, big)

@@ -20,7 +20,7 @@ from emufuzz.arch.effects import (
 from emufuzz.arch.exceptions import PF_VECTOR
 from emufuzz.arch.regs import GPR_NAMES, SREG_NAMES
 from emufuzz.arch.rflags import X86_EFLAGS_ZF, flag_names
-from emufuzz.case.model import PAGE_SHIFT, ZERO_PAGE, Case, Outcome, System, case_pages
+from emufuzz.case.model import PAGE_SHIFT, ZERO_PAGE, Case, Fpu, Outcome, System, case_pages
 from emufuzz.oracle.base import Oracle
 from emufuzz.oracle.operands import destination, operand_size, shift_count
 from emufuzz.oracle.quirks import explaining_quirk
@@ -57,7 +57,7 @@ class Difference(NamedTuple):
     """One field on which subject and oracle differ; `kind` is one of KINDS.
 
     `field` is a GPR's name, `rip`, `rflags`, `exception` (`.error_code`, `.address`), `mem`, `seg.cs`,
-    or another field of System. For `mem` `at` is the linear address.
+    `fpu.xmm0`, or another field of System. For `mem` `at` is the linear address.
     """
 
     field: str
@@ -269,12 +269,25 @@ def _system_differences(a: System, b: System) -> Iterator[Difference]:
         x, y = getattr(a, field), getattr(b, field)
         if x == y:
             continue
-        if field in _NAMES:
+        if field == "fpu":
+            yield from _fpu_differences(x, y)
+        elif field in _NAMES:
             for name, p, q in zip(_NAMES[field], x, y, strict=True):
                 if p != q:
                     yield Difference(name, "system", _show(p), _show(q))
         else:
             yield Difference(field, "system", _show(x), _show(y))
+
+
+def _fpu_differences(a: Fpu, b: Fpu) -> Iterator[Difference]:
+    for field in Fpu.__struct_fields__:
+        x, y = getattr(a, field), getattr(b, field)
+        if isinstance(x, int):
+            x, y = (x,), (y,)
+        for i, (p, q) in enumerate(zip(x, y, strict=True)):
+            if p != q:
+                name = f"fpu.{field}{i}" if len(x) > 1 else f"fpu.{field}"
+                yield Difference(name, "system", _show(p), _show(q))
 
 
 #: Fields of System that are tuples: the names of their members.

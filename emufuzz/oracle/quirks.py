@@ -28,7 +28,7 @@ from emufuzz.arch.rflags import (
     X86_EFLAGS_SF,
     X86_EFLAGS_ZF,
 )
-from emufuzz.case.model import Case, Outcome, memory_changes
+from emufuzz.case.model import PAGE_MASK, Case, Outcome, memory_changes
 from emufuzz.oracle.operands import modrm, operand_size, prefix_facts
 
 if TYPE_CHECKING:
@@ -192,6 +192,78 @@ def _wide_segment_store(
     return not any(extra.values()) and len(extra) <= 6 and all(ours.get(at) == b for at, b in theirs.items())
 
 
+def _split_write(case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]) -> bool:
+    """A write across a page end whose second page faults: KVM has written the first part."""
+    fault = subject.exception
+    if fault is None or fault[0] != PF_VECTOR or fault[2] is None or fault[2] & PAGE_MASK:
+        return False
+    if _fields(differences) != {"mem"} or memory_changes(case, oracle):
+        return False
+    return all(
+        fault[2] - 16 <= at and at + len(data) <= fault[2] for at, data in memory_changes(case, subject)
+    )
+
+
+def _segment_number(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]) -> bool:
+    """REX.R counts as part of a segment register's number, so that 8 to 15 are #UD."""
+    return (
+        modrm(case)[1] >= 8
+        and subject.exception == (UD_VECTOR, None, None)
+        and oracle.exception != subject.exception
+    )
+
+
+def _late_check(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]) -> bool:
+    """MOV to CS or a segment register that does not exist: the source is read before the #UD."""
+    return (
+        modrm(case)[1] & 7 in {1, 6, 7}
+        and modrm(case)[0] != 3
+        and oracle.exception == (UD_VECTOR, None, None)
+        and subject.exception is not None
+        and subject.exception[0] in {GP_VECTOR, SS_VECTOR, PF_VECTOR}
+    )
+
+
+def _register_store(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]) -> bool:
+    """MOVNTDQ with a register operand is a move between registers to KVM."""
+    return (
+        modrm(case)[0] == 3
+        and subject.exception is None
+        and oracle.exception == (UD_VECTOR, None, None)
+        and tuple(subject.gpr) == case.gpr
+        and not subject.pages
+    )
+
+
+def _task_in_ldt(_case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]) -> bool:
+    """LTR of a selector with TI set: KVM gives #GP(0)."""
+    ours, theirs = subject.exception, oracle.exception
+    return (
+        _fields(differences) == {"exception.error_code"}
+        and ours == (GP_VECTOR, 0, None)
+        and theirs is not None
+        and bool((theirs[1] or 0) & 4)
+    )
+
+
+def _null_stack(case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]) -> bool:
+    """A null SS in 64-bit mode: KVM fills the hidden part with a flat data segment."""
+    if case.mode != "prot64" or _fields(differences) != {"seg.ss"}:
+        return False
+    ours, theirs = subject.system.seg[VCPU_SREG_SS], oracle.system.seg[VCPU_SREG_SS]
+    return ours.sel == theirs.sel and ours.sel < 4 and ours.base == 0 and ours.dpl == ours.sel & 3
+
+
+def _media_tags(_case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]) -> bool:
+    """MMX moves leave the x87 tag word alone; the processor marks all registers as valid."""
+    return (
+        _fields(differences) == {"fpu.ftw"}
+        and subject.system.fpu.ftw != 0xFF
+        and oracle.system.fpu.ftw == 0xFF
+    )
+
+
+_ANY: Final = frozenset(row.leaf for row in leaf_rows() if row.implemented)
 _STRINGS: Final = frozenset(row.leaf for row in leaf_rows() if "String" in row.flags)
 
 # fmt: off
@@ -217,6 +289,27 @@ QUIRKS: Final[tuple[Quirk, ...]] = (
     Quirk("kvm-quirk-41-prefetch-register", frozenset(("0f0d", "0f18")),
           "a register operand is accepted",
           "SDM Vol. 2B PREFETCHW", _register_prefetch),
+    Quirk("kvm-quirk-41-movntdq-register", frozenset(("0fe7.pfx_66",)),
+          "a register operand is accepted",
+          "SDM Vol. 2B MOVNTDQ", _register_store),
+    Quirk("kvm-quirk-16-segment-source-first", frozenset(("8e",)),
+          "the source of MOV Sreg is read before a bad register is #UD",
+          "SDM Vol. 2B MOV", _late_check),
+    Quirk("kvm-rex-r-segment-register", frozenset(("8c", "8e")),
+          "REX.R makes the number of a segment register 8 to 15, which is #UD",
+          "SDM Vol. 2A 2.2.1.2", _segment_number),
+    Quirk("kvm-ltr-ti-error-code", frozenset(("0f00/3",)),
+          "LTR of a selector in the LDT is #GP(0) instead of #GP(selector)",
+          "SDM Vol. 2A LTR", _task_in_ldt),
+    Quirk("kvm-null-ss-hidden-part", frozenset(("8e", "17", "0fb2")),
+          "a null SS gets the hidden part of a flat data segment",
+          "SDM Vol. 3A 5.4.1", _null_stack),
+    Quirk("kvm-mmx-tags", frozenset(("0f6f.pfx_no", "0f7f.pfx_no")),
+          "MMX moves do not mark the x87 registers as valid in the saved tag word",
+          "SDM Vol. 1 9.5.1", _media_tags),
+    Quirk("kvm-page-split-write", _ANY,
+          "a write that faults on its second page has changed the first",
+          "SDM Vol. 3A 6.6", _split_write),
     Quirk("kvm-rep-zero-count", _STRINGS,
           "REP with ECX = 0 and 32-bit addresses truncates RCX, RSI and RDI, as Intel processors do",
           "SDM Vol. 2B REP", _zero_count),

@@ -58,6 +58,7 @@ from emufuzz.oracle.unicorn.engine import (
     Engine,
 )
 from emufuzz.oracle.unicorn.gaps import UNICORN_GAPS
+from emufuzz.oracle.unicorn.gaps_corner import CORNER_GAPS
 from emufuzz.oracle.unicorn.image import CS_BASE_OFFSET, HF_INHIBIT_IRQ, Template, read_system
 from emufuzz.oracle.unicorn.layout import probe
 from emufuzz.oracle.unicorn.memory import (
@@ -330,6 +331,8 @@ class UnicornOracle:
         outcome = Outcome(case.id, registers[:16], rip, rflags, case.system)
         if self._system_bytes.raw != self._system_before:
             self._read_system(case, template, outcome)
+            # It may have changed paging; the next restore puts that back, but not the TLB.
+            self._engine.flush_tlb()
         if not 0 <= rip - case.rip <= MAX_INSTRUCTION:
             base = 0 if template.mode == "prot64" else outcome.system.seg[VCPU_SREG_CS].base
             self._code.branched_to(base + rip & template.address_mask)
@@ -449,7 +452,7 @@ class UnicornOracle:
 
     def unchecked(self, case: Case, outcome: Outcome) -> tuple[tuple[str, str], ...]:
         """What this oracle does not vouch for: (field or "all", gap id) pairs."""
-        return outcome.unchecked + find_gaps(UNICORN_GAPS, case, outcome)
+        return outcome.unchecked + find_gaps((*UNICORN_GAPS, *CORNER_GAPS), case, outcome)
 
     def fingerprint(self) -> dict[str, str]:
         """Name, version and configuration of what runs."""

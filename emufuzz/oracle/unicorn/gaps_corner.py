@@ -1,0 +1,124 @@
+"""The rest of the ledger of Unicorn 2.1.4: corner cases of prefixes, widths and partial effects.
+
+Every entry has a proof test in tests/unit/oracle/test_unicorn_corner_gaps.py that fails once
+Unicorn no longer behaves so.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from iced_x86 import Mnemonic
+
+from emufuzz.arch.exceptions import PF_VECTOR
+from emufuzz.case.model import Outcome
+from emufuzz.oracle.gaps import Condition, Gap
+from emufuzz.oracle.instruction import CaseInstruction
+from emufuzz.oracle.unicorn.engine import UNICORN_VERSION
+
+_REX_R: Final = 4
+_PUSH_SEGMENT: Final = frozenset((b"\x06", b"\x0e", b"\x16", b"\x1e", b"\x0f\xa0", b"\x0f\xa8"))
+_CONTROL_GROUP: Final = range(0xC0, 0xE0)  # ModRM of the register forms of 0F 01 /0 to /3
+_VECTOR_LOADS: Final = frozenset((b"\x0f\x10", b"\x0f\x28", b"\x0f\x6f"))
+
+
+def _rex(instruction: CaseInstruction) -> int:
+    """The REX prefix in force, 0 if there is none."""
+    last = instruction.prefixes[-1:]
+    return last[0] if instruction.long and last and last[0] & 0xF0 == 0x40 else 0
+
+
+def _base_in_long_mode(instruction: CaseInstruction, _outcome: Outcome) -> bool:
+    """The access goes through ES, CS, SS or DS, named by a prefix, and that has a base."""
+    segments = {0x26: 0, 0x2E: 1, 0x36: 2, 0x3E: 3}
+    named = [segments[byte] for byte in instruction.prefixes if byte in segments]
+    seg = instruction.case.system.seg
+    return instruction.long and any(seg[number].base for number in named)
+
+
+def _rex_high_byte(instruction: CaseInstruction, _outcome: Outcome) -> bool:
+    return bool(_rex(instruction)) and instruction.opcode[:1] in {b"\x9e", b"\x9f"}
+
+
+def _rex_group11(instruction: CaseInstruction, _outcome: Outcome) -> bool:
+    return bool(_rex(instruction) & _REX_R) and instruction.opcode[:1] in {b"\xc6", b"\xc7"}
+
+
+def _push_segment(instruction: CaseInstruction, _outcome: Outcome) -> bool:
+    opcode = instruction.opcode
+    wide = not instruction.long and instruction.operand_bits == 32
+    return wide and (opcode[:1] in _PUSH_SEGMENT or opcode[:2] in _PUSH_SEGMENT)
+
+
+def _faulted(outcome: Outcome) -> bool:
+    return outcome.exception is not None and outcome.exception[0] == PF_VECTOR
+
+
+def _partial_popa(instruction: CaseInstruction, outcome: Outcome) -> bool:
+    return _faulted(outcome) and instruction.opcode[:1] == b"\x61"
+
+
+def _partial_vector_load(instruction: CaseInstruction, outcome: Outcome) -> bool:
+    return _faulted(outcome) and instruction.opcode[:2] in _VECTOR_LOADS
+
+
+def _control_group(instruction: CaseInstruction, _outcome: Outcome) -> bool:
+    opcode = instruction.opcode
+    return opcode[:2] == b"\x0f\x01" and len(opcode) > 2 and opcode[2] in _CONTROL_GROUP
+
+
+def _null_task(instruction: CaseInstruction, outcome: Outcome) -> bool:
+    return instruction.mnemonic == Mnemonic.LTR and outcome.exception is None
+
+
+def _far_pointer_rex(instruction: CaseInstruction, _outcome: Outcome) -> bool:
+    wide = bool(_rex(instruction) & 8)
+    return wide and instruction.mnemonic in {Mnemonic.LSS, Mnemonic.LFS, Mnemonic.LGS}
+
+
+def _call_order(instruction: CaseInstruction, outcome: Outcome) -> bool:
+    """A near CALL that faults on its push; its target was not looked at."""
+    near = instruction.mnemonic == Mnemonic.CALL and instruction.opcode[:1] in {b"\xe8", b"\xff"}
+    return near and _faulted(outcome)
+
+
+def _gap(
+    name: str, applies: Condition, reason: str, reference: str, fields: tuple[str, ...] = ("all",)
+) -> Gap:
+    return Gap(f"unicorn-{name}", "unicorn", UNICORN_VERSION, fields, reason, reference, applies)
+
+
+# fmt: off
+CORNER_GAPS: Final[tuple[Gap, ...]] = (
+    _gap("segment-base64", _base_in_long_mode,
+         "in 64-bit mode an ES, CS, SS or DS prefix adds that segment's base, which counts as 0",
+         "SDM Vol. 1 3.4.2.1"),
+    _gap("rex-lahf-sahf", _rex_high_byte,
+         "with a REX prefix LAHF and SAHF use SPL instead of AH",
+         "SDM Vol. 2A LAHF", ("gpr", "rflags")),
+    _gap("rex-r-c6-c7", _rex_group11,
+         "REX.R makes C6 /0 and C7 /0 #UD, although it does not extend an opcode field",
+         "SDM Vol. 2A 2.2.1.2"),
+    _gap("push-segment-width", _push_segment,
+         "PUSH Sreg with a 32-bit operand writes 4 bytes; processors write the 2 of the selector",
+         "SDM Vol. 2B PUSH", ("mem", "exception")),
+    _gap("popa-partial", _partial_popa,
+         "POPA that faults has loaded some registers",
+         "SDM Vol. 2B POPA", ("gpr",)),
+    _gap("vector-load-partial", _partial_vector_load,
+         "a 16-byte load that faults on its second half has loaded the first",
+         "SDM Vol. 3A 6.6", ("fpu",)),
+    _gap("control-group", _control_group,
+         "privileged register forms of 0F 01 are #UD whatever the CPL",
+         "SDM Vol. 3A 5.9"),
+    _gap("ltr-null", _null_task,
+         "LTR accepts a null selector",
+         "SDM Vol. 2A LTR"),
+    _gap("far-pointer-rex-w", _far_pointer_rex,
+         "LSS, LFS and LGS with REX.W read a 32-bit offset, as AMD processors do",
+         "SDM Vol. 2A LDS"),
+    _gap("call-order", _call_order,
+         "CALL pushes before it looks at its target",
+         "SDM Vol. 2A CALL", ("exception",)),
+)
+# fmt: on
