@@ -62,8 +62,8 @@ def _as_json(counts: dict[str, FamilyCount]) -> str:
 def _lines(counts: dict[str, FamilyCount]) -> list[str]:
     """The table, then for each incomplete family why cases were refused and which ones differ."""
     rows = [(name, str(c.total), str(c.equal), str(c.different)) for name, c in counts.items()]
-    totals = [sum(getattr(c, name) for c in counts.values()) for name in ("total", "equal", "different")]
-    rows.append(("all", *map(str, totals)))
+    total, equal = sum(c.total for c in counts.values()), sum(c.equal for c in counts.values())
+    rows.append(("all", str(total), str(equal), str(total - equal)))
     lines = table(["family", "total", "equal", "different"], rows, 1000)
     for name, count in counts.items():
         lines += [f"{name}: {number} refused: {reason}" for reason, number in count.refused.most_common()]
