@@ -161,7 +161,10 @@ def _segment_fault(ctxt: X86EmulateCtxt, seg: int) -> int:
 
 
 def insn_alignment(ctxt: X86EmulateCtxt, size: int) -> int:
-    """Alignment in bytes that an operand of 16 bytes or more must have."""
+    """Alignment in bytes that an operand of 16 bytes or more must have.
+
+    KVM deviation: smaller operands are never checked, so there is no #AC (SDM Vol. 3A 6.15).
+    """
     if ctxt.d & Unaligned:
         return 1
     return 16 if ctxt.d & Aligned16 else size
@@ -293,7 +296,11 @@ def emulate_push(ctxt: X86EmulateCtxt, value: int, size: int) -> int:
 
 
 def emulate_pop(ctxt: X86EmulateCtxt, size: int) -> int:
-    """Pop `size` bytes: the unsigned value, or a negative result."""
+    """Pop `size` bytes: the unsigned value, or a negative result.
+
+    KVM deviation: when a later read needs userspace, RSP keeps this increment in the register
+    cache, and the run that completes the instruction adds it again (SDM Vol. 2B POPA).
+    """
     ea = reg_read(ctxt, VCPU_REGS_RSP) & stack_mask(ctxt)
     value = segmented_read(ctxt, VCPU_SREG_SS, ea, size)
     if value >= 0:

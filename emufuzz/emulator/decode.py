@@ -122,6 +122,8 @@ def _decode(ctxt: X86EmulateCtxt, insn: bytes, emulation_type: int) -> int:
         return EMULATION_FAILED
     if d & _SPECIAL:
         if d & NotImpl:
+            # KVM deviation: DAA, BOUND, ARPL, LAR, SYSRET, POPCNT, XSAVE and others are unknown
+            # (SDM Vol. 2A 1.1); leaves that are known do not ask CPUID (SDM Vol. 2A CPUID).
             ctxt.fail_reason = "not implemented by KVM"
             return EMULATION_FAILED
         _fix_operand_size(ctxt, d)

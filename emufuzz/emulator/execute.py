@@ -130,6 +130,8 @@ def _execute(ctxt: X86EmulateCtxt, opcode: Opcode) -> int:
         ctxt.eflags &= ~X86_EFLAGS_RF
     execute = opcode.execute
     if execute is None:
+        # KVM deviation: ENDBR and other NOPs of 0F 19..1E, RDTSCP, MONITOR, MWAIT, INT1 and the
+        # SVM instructions pass all checks, then fail (SDM Vol. 2B NOP, RDTSCP; APM Vol. 3 VMRUN).
         ctxt.fail_reason = "decoded, but KVM has no code for it"
         return _finish(ctxt, X86EMUL_UNHANDLEABLE)
     dst = ctxt.dst
@@ -221,6 +223,8 @@ def _check(ctxt: X86EmulateCtxt, opcode: Opcode) -> int:
     if ctxt.rep_prefix and d & String:
         if not reg_read(ctxt, VCPU_REGS_RCX) & ADDRESS_MASK[ctxt.ad_bytes]:
             string_registers_quirk(ctxt)
+            # KVM deviation: outside 64-bit mode EIP is not cut to 32 bits here, and a nested
+            # hypervisor is not asked about the memory access (SDM Vol. 2B REP).
             ctxt.eip = ctxt.next_eip
             ctxt.eflags &= ~X86_EFLAGS_RF
             return _DONE

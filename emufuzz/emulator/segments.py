@@ -186,7 +186,7 @@ def _check_code(ctxt: X86EmulateCtxt, desc: DescStruct, rpl: int, cpl: int, tran
     if transfer == X86_TRANSFER_NONE or not desc.type & 8:
         return _REFUSE
     if transfer == X86_TRANSFER_RET and rpl != cpl:
-        # KVM deviation: a return to an outer level is unhandleable.
+        # KVM deviation: a return to an outer level is unhandleable (SDM Vol. 3A 5.8.6).
         return _REFUSE if rpl < cpl else X86EMUL_UNHANDLEABLE
     conforming = desc.type & 4
     if transfer == X86_TRANSFER_CALL_JMP:

@@ -182,7 +182,7 @@ def em_cwd(ctxt: X86EmulateCtxt) -> int:
 def em_sahf(ctxt: X86EmulateCtxt) -> int:
     """SAHF: SF ZF AF PF CF = AH (SDM Vol. 2B SAHF).
 
-    KVM deviation: not gated by CPUID.80000001H:ECX.LAHF-SAHF in 64-bit mode.
+    KVM deviation: not gated by CPUID.80000001H:ECX.LAHF-SAHF in 64-bit mode (SDM Vol. 2B SAHF).
     """
     flags = reg_rmw(ctxt, VCPU_REGS_RAX) >> 8 & _SAHF_FLAGS
     ctxt.eflags = ctxt.eflags & ~0xFF | flags | X86_EFLAGS_FIXED
@@ -235,7 +235,8 @@ def sw_std(ctxt: X86EmulateCtxt) -> int:
 def emulator_bad_iopl(ctxt: X86EmulateCtxt) -> bool:
     """Whether IOPL forbids CLI, STI and I/O without the bitmap (SDM Vol. 1 19.5.1).
 
-    KVM deviation: always in virtual-8086 mode, even with IOPL 3; VME and PVI are not known.
+    KVM deviation: always in virtual-8086 mode, even with IOPL 3; VME and PVI are not known
+    (SDM Vol. 3B 21.3.3).
     """
     mode = ctxt.mode
     if mode == X86EMUL_MODE_REAL:
@@ -256,7 +257,7 @@ def em_cli(ctxt: X86EmulateCtxt) -> int:
 def em_sti(ctxt: X86EmulateCtxt) -> int:
     """STI: IF = 1 and an interrupt shadow, else #GP(0) by IOPL (SDM Vol. 2B STI).
 
-    KVM deviation: the shadow is set even if IF was 1 before.
+    KVM deviation: the shadow is set even if IF was 1 before (SDM Vol. 2B STI).
     """
     if emulator_bad_iopl(ctxt):
         return emulate_gp(ctxt, 0)

@@ -68,7 +68,8 @@ def em_bsr_c(ctxt: X86EmulateCtxt) -> int:
 def em_bswap(ctxt: X86EmulateCtxt) -> int:
     """BSWAP: dst's bytes in reverse order (SDM Vol. 2A BSWAP).
 
-    The 16-bit form, undefined, swaps the zero-extended value as 32 bits and so stores 0.
+    KVM deviation: the 16-bit form, which is undefined, swaps the zero-extended value as 32 bits
+    and so stores 0 (SDM Vol. 2A BSWAP).
     """
     dst = ctxt.dst
     size = 8 if ctxt.op_bytes == 8 else 4

@@ -217,7 +217,10 @@ def em_iret(ctxt: X86EmulateCtxt) -> int:
 
 
 def _emulate_iret_real(ctxt: X86EmulateCtxt) -> int:
-    """KVM deviation: EIP is checked against FFFF, not against the limit of CS (SDM Vol. 2A IRET)."""
+    """IRET within real mode (KVM: emulate_iret_real).
+
+    KVM deviation: EIP is checked against FFFF, not against the limit of CS (SDM Vol. 2A IRET).
+    """
     size = ctxt.op_bytes
     eip = emulate_pop(ctxt, size)
     if eip < 0:

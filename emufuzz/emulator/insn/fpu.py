@@ -50,7 +50,10 @@ def em_fnstcw(ctxt: X86EmulateCtxt) -> int:
 
 
 def em_fnstsw(ctxt: X86EmulateCtxt) -> int:
-    """FNSTSW m16."""
+    """FNSTSW m16.
+
+    KVM deviation: the form FNSTSW AX is unknown (SDM Vol. 2A FSTSW).
+    """
     rc = _check_x87(ctxt)
     if rc == X86EMUL_CONTINUE:
         ctxt.dst.val = ctxt.fpu.fsw

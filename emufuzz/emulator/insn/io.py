@@ -43,7 +43,8 @@ def emulator_io_port_access_allowed(ctxt: X86EmulateCtxt, port: int, length: int
     """The I/O permission bitmap of the TSS allows `length` (1, 2, 4) ports from `port` on.
 
     KVM deviation: the byte after the one that holds the port's bit may lie beyond the limit of
-    the TSS, and an unreadable bitmap denies instead of faulting (SDM Vol. 1 19.5.2).
+    the TSS, an unreadable bitmap denies instead of faulting, and so does any TSS that ends before
+    offset 103, a 16-bit one for instance (SDM Vol. 1 19.5.2).
     """
     if ctxt.enable_vmware_backdoor and port in (VMWARE_PORT_VMPORT, VMWARE_PORT_VMRPC):
         return True
@@ -89,7 +90,7 @@ def _read_ahead_count(ctxt: X86EmulateCtxt, size: int) -> int:
     """How many elements to ask a port for at once: to the end of RDI's page, at most 1024 bytes.
 
     KVM deviation: a REP prefix makes a plain IN read ahead too, of which one element is used.
-    The room in the page is in bytes, but it is compared with elements.
+    The room in the page is in bytes, but it is compared with elements (SDM Vol. 2A IN).
     """
     count = 1
     if ctxt.rep_prefix:
@@ -131,7 +132,7 @@ def em_out(ctxt: X86EmulateCtxt) -> int:
     """OUT and OUTS, one element.
 
     KVM deviation: what the callback answers is ignored; the instruction is complete before
-    userspace sees it.
+    userspace sees it (SDM Vol. 2B OUT).
     """
     size = ctxt.src.bytes
     data = (ctxt.src.val & SIZE_MASK[size]).to_bytes(size, "little")

@@ -93,7 +93,10 @@ def em_mov_sreg_rm(ctxt: X86EmulateCtxt) -> int:
 
 
 def em_pop_sreg(ctxt: X86EmulateCtxt) -> int:
-    """POP Sreg: reads 2 bytes of a slot of operand size."""
+    """POP Sreg: reads 2 bytes of a slot of operand size.
+
+    KVM deviation: the MOV SS shadow is set even if the load then faults (SDM Vol. 2B POP).
+    """
     selector = emulate_pop(ctxt, 2)
     if selector < 0:
         return -selector
@@ -106,7 +109,10 @@ def em_pop_sreg(ctxt: X86EmulateCtxt) -> int:
 
 
 def em_lseg(ctxt: X86EmulateCtxt) -> int:
-    """LES, LDS, LSS, LFS, LGS: a far pointer into a segment register and a GPR."""
+    """LES, LDS, LSS, LFS, LGS: a far pointer into a segment register and a GPR.
+
+    KVM deviation: REX.W makes it a 10-byte pointer for AMD guests too (APM Vol. 3 LDS).
+    """
     selector = ctxt.src.val >> ctxt.op_bytes * 8 & MASK16
     rc = load_segment_descriptor(ctxt, selector, ctxt.src2.val)
     if rc == X86EMUL_CONTINUE:

@@ -76,7 +76,10 @@ def em_push_sreg(ctxt: X86EmulateCtxt) -> int:
 
 
 def em_pusha(ctxt: X86EmulateCtxt) -> int:
-    """PUSHA/PUSHAD: RAX to RDI, with RSP as it was before."""
+    """PUSHA/PUSHAD: RAX to RDI, with RSP as it was before.
+
+    KVM deviation: what was pushed before a fault stays in memory (SDM Vol. 2B PUSHA).
+    """
     old_rsp = reg_read(ctxt, VCPU_REGS_RSP)
     ctxt.dst.type = OPERAND_NONE
     for reg in range(VCPU_REGS_RAX, VCPU_REGS_RDI + 1):
@@ -112,7 +115,8 @@ def em_pushf(ctxt: X86EmulateCtxt) -> int:
 def em_popf(ctxt: X86EmulateCtxt) -> int:
     """POPF/POPFD/POPFQ (SDM Vol. 2B POPF).
 
-    KVM deviation: in virtual-8086 mode IOPL is looked at only after the stack was read.
+    KVM deviation: in virtual-8086 mode IOPL is looked at only after the stack was read; CR4.VME
+    and CR4.PVI with VIF and VIP are not known (SDM Vol. 3B 21.3.3.4).
     """
     dst = ctxt.dst
     dst.type = OPERAND_REG

@@ -121,7 +121,7 @@ def em_lmsw(ctxt: X86EmulateCtxt) -> int:
 def em_clts(ctxt: X86EmulateCtxt) -> int:
     """CLTS.
 
-    KVM deviation: a refused CR0 is ignored.
+    KVM deviation: a refused CR0 is ignored (SDM Vol. 2A CLTS).
     """
     ctxt.ops.set_cr(ctxt, 0, ctxt.ops.get_cr(ctxt, 0) & ~X86_CR0_TS)
     return X86EMUL_CONTINUE
@@ -142,7 +142,8 @@ def em_invlpg(ctxt: X86EmulateCtxt) -> int:
 def em_hypercall(ctxt: X86EmulateCtxt) -> int:
     """VMCALL and VMMCALL: patch in what this host's CPU has, and let the guest run it again.
 
-    KVM deviation: the patch goes to RIP as a linear address, whatever the base of CS.
+    KVM deviation: the patch goes to RIP as a linear address, whatever the base of CS; VMCALL above
+    CPL 0 is #GP(0), not a VM exit (SDM Vol. 3C VMCALL).
     """
     rc = ctxt.ops.fix_hypercall(ctxt)
     if rc == X86EMUL_CONTINUE:
@@ -171,7 +172,8 @@ def sw_invd(ctxt: X86EmulateCtxt) -> int:  # noqa: ARG001 - the shape of a handl
 def em_clflush(ctxt: X86EmulateCtxt) -> int:  # noqa: ARG001 - the shape of a handler
     """CLFLUSH m8.
 
-    KVM deviation: the byte was really read, so MMIO sees an access; no CPUID check.
+    KVM deviation: the byte was really read, so MMIO sees an access; no CPUID check
+    (SDM Vol. 2A CLFLUSH).
     """
     return X86EMUL_CONTINUE
 
@@ -179,7 +181,7 @@ def em_clflush(ctxt: X86EmulateCtxt) -> int:  # noqa: ARG001 - the shape of a ha
 def em_clflushopt(ctxt: X86EmulateCtxt) -> int:  # noqa: ARG001 - the shape of a handler
     """CLFLUSHOPT m8.
 
-    KVM deviation: as CLFLUSH.
+    KVM deviation: as CLFLUSH (SDM Vol. 2A CLFLUSHOPT).
     """
     return X86EMUL_CONTINUE
 

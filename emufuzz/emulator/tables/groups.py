@@ -329,6 +329,7 @@ MOVNT: Final = by_prefix(
 #: 0F E7: MOVNTDQ.
 MOVNTDQ: Final = by_prefix(
     _NO_SSE_STORE,
+    # KVM deviation: the register form, invalid on processors, is taken (SDM Vol. 2B MOVNTDQ).
     op("movntdq", em_mov, Mem, Reg, ___, Sse),
     _NO_SSE_STORE,
     _NO_SSE_STORE,
