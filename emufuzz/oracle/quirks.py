@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from emufuzz.arch.cr import X86_CR4_LA57
 from emufuzz.arch.exceptions import GP_VECTOR, PF_VECTOR, SS_VECTOR, UD_VECTOR
 from emufuzz.arch.leaves import leaf_rows
 from emufuzz.arch.regs import (
@@ -25,6 +26,7 @@ from emufuzz.arch.regs import (
 )
 from emufuzz.arch.rflags import (
     X86_EFLAGS_IOPL,
+    X86_EFLAGS_RF,
     X86_EFLAGS_SF,
     X86_EFLAGS_ZF,
 )
@@ -144,7 +146,7 @@ def _enter(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference
     registers = list(case.gpr)
     registers[VCPU_REGS_RBP] = case.gpr[VCPU_REGS_RBP] & ~mask | pushed
     registers[VCPU_REGS_RSP] = rsp & ~mask | pushed - frame & mask
-    if registers != list(subject.gpr) or subject.rflags != oracle.rflags:
+    if registers != list(subject.gpr) or subject.rflags != case.rflags & ~X86_EFLAGS_RF:
         return False
     return width != _enter_size(case) or oracle.exception is not None
 
@@ -186,8 +188,7 @@ def _wide_segment_store(
         return False
     if oracle.exception is not None or _fields(differences) != {"mem"}:
         return False
-    theirs = {at + i: byte for at, data in memory_changes(case, oracle) for i, byte in enumerate(data)}
-    ours = {at + i: byte for at, data in memory_changes(case, subject) for i, byte in enumerate(data)}
+    ours, theirs = _changed_bytes(case, subject), _changed_bytes(case, oracle)
     extra = {at: byte for at, byte in ours.items() if theirs.get(at) != byte}
     return not any(extra.values()) and len(extra) <= 6 and all(ours.get(at) == b for at, b in theirs.items())
 
@@ -197,10 +198,32 @@ def _split_write(case: Case, subject: Outcome, oracle: Outcome, differences: Seq
     fault = subject.exception
     if fault is None or fault[0] != PF_VECTOR or fault[2] is None or fault[2] & PAGE_MASK:
         return False
-    if _fields(differences) != {"mem"} or memory_changes(case, oracle):
+    if _fields(differences) != {"mem"}:
         return False
-    return all(
-        fault[2] - 16 <= at and at + len(data) <= fault[2] for at, data in memory_changes(case, subject)
+    ours, theirs = _changed_bytes(case, subject), _changed_bytes(case, oracle)
+    extra = ours.keys() - theirs.keys()
+    return (
+        all(ours.get(at) == byte for at, byte in theirs.items())
+        and min(extra) >= fault[2] - 16
+        and max(extra) < fault[2]
+    )
+
+
+def _changed_bytes(case: Case, outcome: Outcome) -> dict[int, int]:
+    """Linear address -> new value of every changed byte."""
+    return {at + i: byte for at, data in memory_changes(case, outcome) for i, byte in enumerate(data)}
+
+
+def _straddle(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]) -> bool:
+    """An access across the end of the lower canonical half: only its first byte is checked."""
+    ours, theirs = subject.exception, oracle.exception
+    end = 1 << (56 if case.system.cr4 & X86_CR4_LA57 else 47)
+    return (
+        case.mode == "prot64"
+        and ours is not None
+        and ours[0] == PF_VECTOR
+        and ours[2] == end
+        and theirs in {(GP_VECTOR, 0, None), (SS_VECTOR, 0, None)}
     )
 
 
@@ -307,6 +330,9 @@ QUIRKS: Final[tuple[Quirk, ...]] = (
     Quirk("kvm-mmx-tags", frozenset(("0f6f.pfx_no", "0f7f.pfx_no")),
           "MMX moves do not mark the x87 registers as valid in the saved tag word",
           "SDM Vol. 1 9.5.1", _media_tags),
+    Quirk("kvm-quirk-01-canonical-straddle", _ANY,
+          "only the first byte of an access is checked for a canonical address",
+          "SDM Vol. 1 3.3.7.1", _straddle),
     Quirk("kvm-page-split-write", _ANY,
           "a write that faults on its second page has changed the first",
           "SDM Vol. 3A 6.6", _split_write),

@@ -11,6 +11,7 @@ from typing import Final
 from iced_x86 import Mnemonic
 
 from emufuzz.arch.exceptions import PF_VECTOR
+from emufuzz.arch.regs import VCPU_SREG_SS
 from emufuzz.case.model import Outcome
 from emufuzz.oracle.gaps import Condition, Gap
 from emufuzz.oracle.instruction import CaseInstruction
@@ -29,10 +30,12 @@ def _rex(instruction: CaseInstruction) -> int:
 
 
 def _base_in_long_mode(instruction: CaseInstruction, _outcome: Outcome) -> bool:
-    """The access goes through ES, CS, SS or DS, named by a prefix, and that has a base."""
+    """The access goes through ES, CS, SS or DS, named by a prefix or by RETF, and that has a base."""
     segments = {0x26: 0, 0x2E: 1, 0x36: 2, 0x3E: 3}
     named = [segments[byte] for byte in instruction.prefixes if byte in segments]
     seg = instruction.case.system.seg
+    if instruction.mnemonic == Mnemonic.RETF:
+        named.append(VCPU_SREG_SS)
     return instruction.long and any(seg[number].base for number in named)
 
 
@@ -82,6 +85,26 @@ def _call_order(instruction: CaseInstruction, outcome: Outcome) -> bool:
     return near and _faulted(outcome)
 
 
+def _movnti_prefix(instruction: CaseInstruction, _outcome: Outcome) -> bool:
+    return instruction.opcode[:2] == b"\x0f\xc3" and bool({0x66, 0xF2, 0xF3} & set(instruction.prefixes))
+
+
+def _far_return_fault(instruction: CaseInstruction, outcome: Outcome) -> bool:
+    return _faulted(outcome) and instruction.mnemonic == Mnemonic.RETF
+
+
+def _push_flags_vm86(instruction: CaseInstruction, _outcome: Outcome) -> bool:
+    wide = instruction.operand_bits == 32
+    return wide and instruction.case.mode == "vm86" and instruction.opcode[:1] == b"\x9c"
+
+
+def _table_load(instruction: CaseInstruction, outcome: Outcome) -> bool:
+    """LGDT or LIDT of a base that is not canonical."""
+    load = instruction.mnemonic in {Mnemonic.LGDT, Mnemonic.LIDT}
+    tables = outcome.system.gdtr.base, outcome.system.idtr.base
+    return load and instruction.long and any((base >> 47) + 1 & 0x1FFFF > 1 for base in tables)
+
+
 def _gap(
     name: str, applies: Condition, reason: str, reference: str, fields: tuple[str, ...] = ("all",)
 ) -> Gap:
@@ -91,7 +114,7 @@ def _gap(
 # fmt: off
 CORNER_GAPS: Final[tuple[Gap, ...]] = (
     _gap("segment-base64", _base_in_long_mode,
-         "in 64-bit mode an ES, CS, SS or DS prefix adds that segment's base, which counts as 0",
+         "in 64-bit mode an ES, CS, SS or DS prefix, and RETF, add that segment's base, which counts as 0",
          "SDM Vol. 1 3.4.2.1"),
     _gap("rex-lahf-sahf", _rex_high_byte,
          "with a REX prefix LAHF and SAHF use SPL instead of AH",
@@ -120,5 +143,17 @@ CORNER_GAPS: Final[tuple[Gap, ...]] = (
     _gap("call-order", _call_order,
          "CALL pushes before it looks at its target",
          "SDM Vol. 2A CALL", ("exception",)),
+    _gap("movnti-prefix", _movnti_prefix,
+         "66, F2 and F3 in front of MOVNTI are ignored instead of #UD",
+         "SDM Vol. 2B MOVNTI"),
+    _gap("far-return-supervisor", _far_return_fault,
+         "a far return reads the stack with the rights of the supervisor",
+         "SDM Vol. 3A 4.7", ("exception.error_code",)),
+    _gap("pushf-vm", _push_flags_vm86,
+         "PUSHFD in virtual-8086 mode stores VM as 1; processors store 0",
+         "SDM Vol. 2B PUSHF", ("mem",)),
+    _gap("table-base", _table_load,
+         "LGDT and LIDT accept a base that is not canonical",
+         "SDM Vol. 2A LGDT"),
 )
 # fmt: on
