@@ -67,10 +67,10 @@ def choose_failure(rng: Random, events: list[tuple]) -> tuple[dict, int]:
 
 
 def written_pages(case: Case, events: list[tuple]) -> dict[int, bytes]:
-    """The pages that the logged writes, all of which were let through, leave changed."""
+    """The pages that the writes before the last event, which failed, leave changed."""
     before = case_pages(case)
     pages = {pfn: bytearray(page) for pfn, page in before.items()}
-    for event, following in pairwise([*events, ("end",)]):
+    for event, following in pairwise(events):
         if event[0] == "write":
             addr, data = event[1], event[2]
         elif event[0] == "cmpxchg" and following[0] != "write":
@@ -123,7 +123,7 @@ def violations(case: Case, plain: Outcome, failed: Outcome, script: dict, index:
     rest = failed.events[index + 1 :]
     if rest and not (len(rest) == 1 and rest[0][:2] == ("set_segment", 1) and failed.leaf in RESTORED):
         wrong.append(f"went on with {rest}")
-    if failed.pages != written_pages(case, failed.events[:index]):
+    if failed.pages != written_pages(case, failed.events[: index + 1]):
         wrong.append("memory")
     return wrong
 

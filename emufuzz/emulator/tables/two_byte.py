@@ -122,7 +122,7 @@ TWO_BYTE_ROWS: Final[tuple[tuple[int, Entry], ...]] = (
     (0x06, op(    "clts",                  em_clts,      Implicit, ___,      ___,     Priv | Intercept, intercept="clts")),
     (0x08, switch("invd",                  sw_invd,      Implicit, ___,      ___,     Priv | Intercept, intercept="invd")),
     (0x09, switch("wbinvd",                sw_wbinvd,    Implicit, ___,      ___,     Priv | Intercept, intercept="wbinvd")),
-    # KVM deviation: prefetches are taken in register form too, which is #UD (SDM Vol. 2B PREFETCHW).
+    # KVM deviation: register forms, #UD on AMD processors, are taken (APM Vol. 3 PREFETCH).
     (0x0d, switch("prefetch(w) group",     sw_nop,       Implicit, Mem,      ___,     ModRM | NoAccess)),
     # 10 - 1f
     (0x10, sse_mov("movups", "movupd", Reg, Mem, Unaligned)),
