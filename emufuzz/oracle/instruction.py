@@ -147,9 +147,20 @@ class CaseInstruction:
 
     def _address_bits(self, used: Any) -> int:
         """Width of an effective address; that of the stack is up to SS, which iced does not know."""
-        if self._lax.is_stack_instruction and used.base in _STACK_BASES:
+        implicit = not self._is_explicit(used)
+        if implicit and self._lax.is_stack_instruction and used.base in _STACK_BASES:
             return 64 if self.long else 32 if self.case.system.seg[VCPU_SREG_SS].db else 16
         return _ADDRESS_BITS[used.address_size]
+
+    def _is_explicit(self, used: Any) -> bool:
+        """The access is the ModRM operand of an instruction that also uses the stack, as CALL [EBP]."""
+        lax = self._lax
+        kinds = (lax.op_kind(i) for i in range(lax.op_count))
+        return iced_x86.OpKind.MEMORY in kinds and (used.base, used.index, used.displacement) == (
+            lax.memory_base,
+            lax.memory_index,
+            lax.memory_displacement,
+        )
 
     def _bit_string_offset(self) -> int:
         """How far BT, BTS, BTR or BTC reaches from its memory operand (SDM Vol. 2A BT)."""

@@ -269,6 +269,16 @@ def _task_in_ldt(_case: Case, subject: Outcome, oracle: Outcome, differences: Se
     )
 
 
+def _real_return(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]) -> bool:
+    """IRETD in real mode to an offset above 64 KiB, which an enlarged limit would allow."""
+    return (
+        case.mode == "real"
+        and subject.exception == (GP_VECTOR, 0, None)
+        and oracle.exception is None
+        and oracle.rip > 0xFFFF
+    )
+
+
 def _null_stack(case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]) -> bool:
     """A null SS in 64-bit mode: KVM fills the hidden part with a flat data segment."""
     if case.mode != "prot64" or _fields(differences) != {"seg.ss"}:
@@ -312,6 +322,9 @@ QUIRKS: Final[tuple[Quirk, ...]] = (
     Quirk("kvm-quirk-41-prefetch-register", frozenset(("0f0d", "0f18")),
           "a register operand is accepted",
           "SDM Vol. 2B PREFETCHW", _register_prefetch),
+    Quirk("kvm-quirk-23-iret-real", frozenset(("cf",)),
+          "an offset above FFFFH is #GP(0) whatever the limit of CS",
+          "SDM Vol. 2A IRET", _real_return),
     Quirk("kvm-quirk-41-movntdq-register", frozenset(("0fe7.pfx_66",)),
           "a register operand is accepted",
           "SDM Vol. 2B MOVNTDQ", _register_store),

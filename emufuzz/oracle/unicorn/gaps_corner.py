@@ -10,7 +10,7 @@ from typing import Final
 
 from iced_x86 import Mnemonic
 
-from emufuzz.arch.exceptions import PF_VECTOR
+from emufuzz.arch.exceptions import PF_VECTOR, UD_VECTOR
 from emufuzz.arch.regs import VCPU_SREG_SS
 from emufuzz.case.model import Outcome
 from emufuzz.oracle.gaps import Condition, Gap
@@ -98,11 +98,20 @@ def _push_flags_vm86(instruction: CaseInstruction, _outcome: Outcome) -> bool:
     return wide and instruction.case.mode == "vm86" and instruction.opcode[:1] == b"\x9c"
 
 
-def _table_load(instruction: CaseInstruction, outcome: Outcome) -> bool:
-    """LGDT or LIDT of a base that is not canonical."""
-    load = instruction.mnemonic in {Mnemonic.LGDT, Mnemonic.LIDT}
-    tables = outcome.system.gdtr.base, outcome.system.idtr.base
-    return load and instruction.long and any((base >> 47) + 1 & 0x1FFFF > 1 for base in tables)
+def _table_load(instruction: CaseInstruction, _outcome: Outcome) -> bool:
+    return instruction.long and instruction.mnemonic in {Mnemonic.LGDT, Mnemonic.LIDT}
+
+
+def _double_shift_rip(instruction: CaseInstruction, _outcome: Outcome) -> bool:
+    immediate = instruction.opcode[:2] in {b"\x0f\xa4", b"\x0f\xac"}
+    return immediate and instruction.long and instruction.opcode[2] & 0xC7 == 0x05
+
+
+def _long_group11(instruction: CaseInstruction, outcome: Outcome) -> bool:
+    """C6 or C7 /1 to /7 behind so many prefixes that it may have more than 15 bytes."""
+    opcode = instruction.opcode
+    undefined = outcome.exception is not None and outcome.exception[0] == UD_VECTOR
+    return undefined and len(instruction.prefixes) > 7 and opcode[:1] in {b"\xc6", b"\xc7"}
 
 
 def _gap(
@@ -153,7 +162,13 @@ CORNER_GAPS: Final[tuple[Gap, ...]] = (
          "PUSHFD in virtual-8086 mode stores VM as 1; processors store 0",
          "SDM Vol. 2B PUSHF", ("mem",)),
     _gap("table-base", _table_load,
-         "LGDT and LIDT accept a base that is not canonical",
+         "LGDT and LIDT in 64-bit mode accept a base that is not canonical, and prefix 66 cuts it to 24 bits",
          "SDM Vol. 2A LGDT"),
+    _gap("double-shift-rip", _double_shift_rip,
+         "a RIP-relative operand of SHLD or SHRD imm8 is taken one byte too low",
+         "SDM Vol. 2A 2.2.1.6"),
+    _gap("c6-c7-length", _long_group11,
+         "C6 and C7 /1 to /7 are #UD before their length is found to be more than 15 bytes",
+         "SDM Vol. 2A 2.3.11", ("exception",)),
 )
 # fmt: on

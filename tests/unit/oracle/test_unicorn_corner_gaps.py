@@ -1,0 +1,96 @@
+"""Each corner gap exists: Unicorn does what the ledger says, and the ledger recognises it."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from emufuzz.arch.exceptions import PF_VECTOR, UD_VECTOR
+from emufuzz.case.model import Memory
+from emufuzz.fuzz.environments import ARENA_BASE, environments
+from emufuzz.fuzz.generate import generate_batch
+from emufuzz.oracle.unicorn import UnicornOracle
+from emufuzz.oracle.unicorn.gaps_corner import CORNER_GAPS
+
+PAGE = 0x8000
+END = 0x9000  # no page there in the memories of this test
+#: Displacement of PAGE from the end of an 8-byte instruction in the first code slot.
+RELATIVE = (PAGE - (ARENA_BASE + 8) & 0xFFFFFFFF).to_bytes(4, "little").hex()
+NONCANONICAL = (1 << 63).to_bytes(8, "little")
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return UnicornOracle()
+
+
+def case_of(name, code, data=b"", at=PAGE, flags=2, **gpr):
+    mode = name.partition("-")[0]
+    env = next(e for e in environments(1, mode) if e.name == name)
+    registers = [0] * 16
+    for register, value in gpr.items():
+        registers[("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi").index(register)] = value
+    template = generate_batch(1, 0, 1)[0]
+    return msgspec.structs.replace(
+        template,
+        mode=mode,
+        code=bytes.fromhex(code) + b"\xf4",
+        rip=env.first_rip,
+        rflags=flags | (0x20000 if mode == "vm86" else 0),
+        gpr=tuple(registers),
+        system=env.system,
+        mem=Memory(((PAGE, b""), (at, data))),
+    )
+
+
+def completes(outcome, _case):
+    return outcome.exception is None
+
+
+def undefined(outcome, _case):
+    return outcome.exception == (UD_VECTOR, None, None)
+
+
+# fmt: off
+PROOFS = {
+    "segment-base64": (case_of("prot64-cpl0-based", "3e8a00", rax=PAGE),
+                       lambda o, c: o.exception[2] == PAGE + c.system.seg[3].base
+                       if o.exception else c.system.seg[3].base < 0x1000),
+    "rex-lahf-sahf": (case_of("prot64-cpl0-flat", "409f"),
+                      lambda o, _: o.gpr[0] == 0 and o.gpr[4] & 0xFF == 2),
+    "rex-r-c6-c7": (case_of("prot64-cpl0-flat", "44c6c01f"), undefined),
+    "push-segment-width": (case_of("prot32-cpl0-flat", "0e", b"\xff" * 8, PAGE + 0xFC, rsp=PAGE + 0x100),
+                           lambda o, _: o.pages[PAGE >> 12][0xFE:0x100] == b"\0\0"),
+    "popa-partial": (case_of("prot32-cpl0-flat", "61", b"\x55" * 8, END - 8, rsp=END - 8),
+                     lambda o, _: o.exception[0] == PF_VECTOR and o.gpr[7] == 0x55555555),
+    "vector-load-partial": (case_of("prot64-cpl0-flat", "0f1000", b"\x55" * 8, END - 8, rax=END - 8),
+                            lambda o, _: o.exception[0] == PF_VECTOR and o.system.fpu.xmm[0] != 0),
+    "control-group": (case_of("prot64-cpl3-flat", "660f01c1"), undefined),
+    "ltr-null": (case_of("prot32-cpl0-flat", "0f00d8"), completes),
+    "far-pointer-rex-w": (case_of("prot64-cpl0-flat", "480fb400", b"\x11" * 4, rax=PAGE),
+                          lambda o, _: o.exception is None and o.gpr[0] == 0x11111111),
+    "call-order": (case_of("prot64-cpl0-flat", "ffd0", rax=1 << 63, rsp=END + 0x100),
+                   lambda o, _: o.exception[0] == PF_VECTOR),
+    "movnti-prefix": (case_of("prot64-cpl0-flat", "660fc308", rax=PAGE), completes),
+    "far-return-supervisor": (case_of("prot64-cpl3-flat", "cb", rsp=END + 0x100),
+                              lambda o, _: o.exception[0] == PF_VECTOR and not o.exception[1] & 4),
+    "pushf-vm": (case_of("vm86-cpl3-flat", "669c", at=0xC000, flags=0x3002, rsp=0x100),
+                 lambda o, _: o.pages[0xC][0xFE] & 2),
+    "table-base": (case_of("prot64-cpl0-flat", "0f0110", b"\xff\0" + NONCANONICAL, rax=PAGE), completes),
+    "double-shift-rip": (case_of("prot64-cpl0-flat", "0fa40d" + RELATIVE + "01"),
+                         lambda o, _: o.exception[2] == PAGE - 1),
+    "c6-c7-length": (case_of("prot64-cpl0-flat", "67" * 10 + "c6afec42cfc6"), undefined),
+}
+# fmt: on
+
+
+def test_every_corner_gap_has_a_proof():
+    assert {f"unicorn-{name}" for name in PROOFS} == {gap.id for gap in CORNER_GAPS}
+
+
+@pytest.mark.parametrize("name", PROOFS)
+def test_the_gap_exists_and_is_recognised(oracle, name):
+    case, behaves = PROOFS[name]
+    (outcome,) = oracle.run([case])
+    assert behaves(outcome, case)
+    assert f"unicorn-{name}" in {gap for _, gap in oracle.unchecked(case, outcome)}
