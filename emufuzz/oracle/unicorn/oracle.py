@@ -76,6 +76,8 @@ from emufuzz.oracle.unicorn.selftest import GAP_CODE_PAGE_WRITE, self_test
 #: Unicorn gave up for a reason that is not an exception of the guest.
 GAP_ENGINE_ERROR: Final = "unicorn-engine-error"
 
+#: Code that runs over the end of the address space: Unicorn may never come back.
+GAP_WRAP: Final = "unicorn-code-wrap"
 #: Unicorn would end the process.
 GAP_ABORT: Final = "unicorn-lock-bit-register"
 
@@ -148,7 +150,7 @@ class UnicornOracle:
     def _run(self, case: Case) -> Outcome:
         code = case.code
         if b"\xf0" in code and aborts_unicorn(code, case.mode):
-            return _not_run(case)
+            return _not_run(case, GAP_ABORT, (UD_VECTOR, None, None))
         template = self._prepare(case)
         if template is None:
             return self._run_exact(case, self._use_template(case.system, case.mode))
@@ -307,14 +309,15 @@ class UnicornOracle:
         """REP CMPS and SCAS one iteration at a time, for ZF may end them after any."""
         engine = self._engine
         for _ in range(rep.iterations(case.gpr[VCPU_REGS_RCX])):
-            error = engine.start(case.rip, 1)
+            error: int = engine.start(case.rip, 1)
             engine.save()
             if error or engine.vector != NO_VECTOR or self._rip() != case.rip:
                 return error
         return UC_ERR_OK
 
     def _rip(self) -> int:
-        return int(_REGISTERS.unpack_from(self._engine.state)[16])
+        rip: int = _REGISTERS.unpack_from(self._engine.state)[16]
+        return rip
 
     def _at_start(self, case: Case) -> bool:
         """Whether CS:RIP is where the case began: the instruction raised its exception itself."""
@@ -410,6 +413,8 @@ class UnicornOracle:
 
     def _run_exact(self, case: Case, template: Template) -> Outcome:
         """Run a case with exactly its own pages, whatever it costs."""
+        if code_address(case) + MAX_INSTRUCTION > template.address_mask:
+            return _not_run(case, GAP_WRAP, None)
         pages = case_pages(case)
         mark = self._pool.next
         try:
@@ -463,15 +468,15 @@ class UnicornOracle:
         self._engine.close()
 
 
-def _not_run(case: Case) -> Outcome:
-    """What the SDM says of LOCK without a memory operand (Vol. 2A LOCK): #UD."""
+def _not_run(case: Case, gap: str, fault: Fault | None) -> Outcome:
+    """The outcome of a case that Unicorn must not see: nothing changes but for a known exception."""
     return Outcome(
         case.id,
         case.gpr,
         case.rip,
         case.rflags,
         case.system,
-        rc="propagate_fault",
-        exception=(UD_VECTOR, None, None),
-        unchecked=(("all", GAP_ABORT),),
+        rc="propagate_fault" if fault else "continue",
+        exception=fault,
+        unchecked=(("all", gap),),
     )

@@ -14,7 +14,7 @@ from typing import Final
 _STRING_OPCODES: Final = frozenset((*range(0x6C, 0x70), *range(0xA4, 0xA8), *range(0xAA, 0xB0)))
 _COMPARING: Final = frozenset((0xA6, 0xA7, 0xAE, 0xAF))
 _PREFIXES: Final = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
-_BIT_OPCODES: Final = frozenset((0xAB, 0xB3, 0xBB))
+_BIT_OPCODES: Final = frozenset((0xA3, 0xAB, 0xB3, 0xBB))
 _ROUND: Final = 1024
 
 
@@ -59,11 +59,11 @@ def rep_string(code: bytes, mode: str, cs_db: int) -> RepString | None:
 
 
 def aborts_unicorn(code: bytes, mode: str) -> bool:
-    """LOCK BTS, BTR or BTC of a register: Unicorn's translator ends the process over it."""
+    """LOCK BT, BTS, BTR or BTC of a register: Unicorn's translator ends the process over it."""
     prefixes, rest = split_prefixes(code, mode)
     if 0xF0 not in prefixes or len(rest) < 3 or rest[0] != 0x0F or rest[2] < 0xC0:
         return False
-    return rest[1] in _BIT_OPCODES or (rest[1] == 0xBA and rest[2] & 0x38 >= 0x28)
+    return rest[1] in _BIT_OPCODES or (rest[1] == 0xBA and rest[2] & 0x38 >= 0x20)
 
 
 def makes_shadow(code: bytes, mode: str) -> bool:

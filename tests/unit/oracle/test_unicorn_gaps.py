@@ -124,8 +124,9 @@ def test_every_gap_has_a_proof():
     assert {f"unicorn-{proof.gap}" for proof in PROOFS} == {gap.id for gap in UNICORN_GAPS}
 
 
-def test_lock_on_a_bit_register_is_never_run(oracle, case):
-    outcome = oracle.run([case("prot32", "f00fb3e3")])[0]
+@pytest.mark.parametrize("code", ["f00fa3e3", "f00fabe3", "f00fb3e3", "f00fbbe3", "f00fbae001", "f00fbaf801"])
+def test_lock_on_a_bit_register_is_never_run(oracle, case, code):
+    outcome = oracle.run([case("prot32", code)])[0]
     assert outcome.exception == (6, None, None)
     assert outcome.unchecked == (("all", "unicorn-lock-bit-register"),)
 

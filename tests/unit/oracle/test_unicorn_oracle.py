@@ -147,3 +147,10 @@ def test_unsupported_cases_are_named(oracle, case, change, message):
 def test_raw_starts_are_timed(oracle, case):
     batch = [case("prot64", "01d8f4", {0: n}, rip=0x50000 + 32 * n) for n in range(50)]
     assert 0 < oracle.raw_starts(batch) < 1
+
+
+def test_code_over_the_end_of_linear_memory_is_not_run(oracle, case):
+    built = case("prot32", "8cd4", rip=0xFFFFFFFF)
+    outcome = oracle.run([built])[0]
+    assert outcome.unchecked == (("all", "unicorn-code-wrap"),)
+    assert (outcome.rip, outcome.gpr) == (built.rip, built.gpr)
