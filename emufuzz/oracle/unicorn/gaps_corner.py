@@ -89,8 +89,17 @@ def _movnti_prefix(instruction: CaseInstruction, _outcome: Outcome) -> bool:
     return instruction.opcode[:2] == b"\x0f\xc3" and bool({0x66, 0xF2, 0xF3} & set(instruction.prefixes))
 
 
-def _far_return_fault(instruction: CaseInstruction, outcome: Outcome) -> bool:
-    return _faulted(outcome) and instruction.mnemonic == Mnemonic.RETF
+def _far_stack_fault(instruction: CaseInstruction, outcome: Outcome) -> bool:
+    """A #PF of a far call or return, which use the stack."""
+    opcode = instruction.opcode
+    call = opcode[:1] == b"\x9a" or (opcode[:1] == b"\xff" and opcode[1] >> 3 & 7 == 3)
+    return _faulted(outcome) and (call or instruction.mnemonic == Mnemonic.RETF)
+
+
+def _compare_order(instruction: CaseInstruction, outcome: Outcome) -> bool:
+    """CMPS whose operand at ES:DI faults, not with #PF."""
+    faulted = outcome.exception is not None and not _faulted(outcome)
+    return faulted and instruction.opcode[:1] in {b"\xa6", b"\xa7"}
 
 
 def _push_flags_vm86(instruction: CaseInstruction, _outcome: Outcome) -> bool:
@@ -155,8 +164,8 @@ CORNER_GAPS: Final[tuple[Gap, ...]] = (
     _gap("movnti-prefix", _movnti_prefix,
          "66, F2 and F3 in front of MOVNTI are ignored instead of #UD",
          "SDM Vol. 2B MOVNTI"),
-    _gap("far-return-supervisor", _far_return_fault,
-         "a far return reads the stack with the rights of the supervisor",
+    _gap("far-stack-supervisor", _far_stack_fault,
+         "far calls and returns use the stack with the rights of the supervisor",
          "SDM Vol. 3A 4.7", ("exception.error_code",)),
     _gap("pushf-vm", _push_flags_vm86,
          "PUSHFD in virtual-8086 mode stores VM as 1; processors store 0",
@@ -167,6 +176,9 @@ CORNER_GAPS: Final[tuple[Gap, ...]] = (
     _gap("double-shift-rip", _double_shift_rip,
          "a RIP-relative operand of SHLD or SHRD imm8 is taken one byte too low",
          "SDM Vol. 2A 2.2.1.6"),
+    _gap("compare-order", _compare_order,
+         "CMPS reads ES:DI first, so that its #GP comes before a fault of the other operand",
+         "SDM Vol. 2A CMPS", ("exception",)),
     _gap("c6-c7-length", _long_group11,
          "C6 and C7 /1 to /7 are #UD before their length is found to be more than 15 bytes",
          "SDM Vol. 2A 2.3.11", ("exception",)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from emufuzz.arch.exceptions import PF_VECTOR, UD_VECTOR
+from emufuzz.arch.exceptions import GP_VECTOR, PF_VECTOR, UD_VECTOR
 from emufuzz.case.model import Memory
 from emufuzz.fuzz.environments import ARENA_BASE, environments
 from emufuzz.fuzz.generate import generate_batch
@@ -72,13 +72,15 @@ PROOFS = {
     "call-order": (case_of("prot64-cpl0-flat", "ffd0", rax=1 << 63, rsp=END + 0x100),
                    lambda o, _: o.exception[0] == PF_VECTOR),
     "movnti-prefix": (case_of("prot64-cpl0-flat", "660fc308", rax=PAGE), completes),
-    "far-return-supervisor": (case_of("prot64-cpl3-flat", "cb", rsp=END + 0x100),
-                              lambda o, _: o.exception[0] == PF_VECTOR and not o.exception[1] & 4),
+    "far-stack-supervisor": (case_of("prot64-cpl3-flat", "cb", rsp=END + 0x100),
+                             lambda o, _: o.exception[0] == PF_VECTOR and not o.exception[1] & 4),
     "pushf-vm": (case_of("vm86-cpl3-flat", "669c", at=0xC000, flags=0x3002, rsp=0x100),
                  lambda o, _: o.pages[0xC][0xFE] & 2),
     "table-base": (case_of("prot64-cpl0-flat", "0f0110", b"\xff\0" + NONCANONICAL, rax=PAGE), completes),
     "double-shift-rip": (case_of("prot64-cpl0-flat", "0fa40d" + RELATIVE + "01"),
                          lambda o, _: o.exception[2] == PAGE - 1),
+    "compare-order": (case_of("prot64-cpl0-flat", "a7", rsi=END, rdi=1 << 63),
+                      lambda o, _: o.exception[0] == GP_VECTOR),
     "c6-c7-length": (case_of("prot64-cpl0-flat", "67" * 10 + "c6afec42cfc6"), undefined),
 }
 # fmt: on
