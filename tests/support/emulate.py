@@ -7,9 +7,10 @@ from typing import Any
 
 import msgspec
 
+from emufuzz.arch.descriptors import DescStruct
 from emufuzz.arch.regs import GPR_NAMES, SREG_NAMES
-from emufuzz.case.build import build_case, build_system
-from emufuzz.case.model import Case, Outcome, Segment, case_pages
+from emufuzz.case.build import GDT_BASE, build_case, build_system
+from emufuzz.case.model import Case, Outcome, Segment, TableRegister, case_pages
 from emufuzz.subject.flat import FlatSubject
 
 UD, GP, PF, SS, NP, TS = (6, None, None), (13, 0, None), 14, (12, 0, None), 11, 10
@@ -108,3 +109,16 @@ def usual(mode: str, cpl: int | None = None) -> Outcome:
 def segment(mode: str, name: str, cpl: int | None = None, **changes: int) -> Segment:
     """A segment register of the default state, changed."""
     return msgspec.structs.replace(build_system(mode, cpl).seg[SREG_NAMES.index(name)], **changes)
+
+
+def descriptor(type: int, **fields: int) -> bytes:  # noqa: A002 - the architectural name
+    """Eight bytes of a descriptor, present; a system one unless s=1."""
+    return DescStruct(type=type, **{"p": 1, "limit": 0xFFFF, **fields}).pack()
+
+
+def gdt_with(slots: Mapping[int, bytes]) -> dict[str, Any]:
+    """Keywords for `run`: descriptors at selectors (80h and above), and a GDTR that reaches them."""
+    return {
+        "gdtr": TableRegister(GDT_BASE, 0xFFF),
+        "data": {GDT_BASE + selector: data for selector, data in slots.items()},
+    }
