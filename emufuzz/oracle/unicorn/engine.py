@@ -23,9 +23,9 @@ _api: Any = unicorn  # its names are exported in a way that type checkers do not
 #: The version whose private state layout `layout` knows.
 UNICORN_VERSION: Final = "2.1.4"
 
-UC_ERR_OK: Final = _api.UC_ERR_OK
-UC_ERR_INSN_INVALID: Final = _api.UC_ERR_INSN_INVALID
-UC_ERR_EXCEPTION: Final = _api.UC_ERR_EXCEPTION
+UC_ERR_OK: Final[int] = _api.UC_ERR_OK
+UC_ERR_INSN_INVALID: Final[int] = _api.UC_ERR_INSN_INVALID
+UC_ERR_EXCEPTION: Final[int] = _api.UC_ERR_EXCEPTION
 
 #: Bytes in front of CPUX86State in a saved context.
 CONTEXT_HEADER: Final = 40

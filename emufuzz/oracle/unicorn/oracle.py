@@ -323,7 +323,8 @@ class UnicornOracle:
         """Whether CS:RIP is where the case began: the instruction raised its exception itself."""
         (cs_base,) = struct.unpack_from("<Q", self._engine.state, self._layout.segs + CS_BASE_OFFSET)
         (before,) = struct.unpack_from("<Q", self._image, self._layout.segs + CS_BASE_OFFSET)
-        return cs_base == before and self._rip() == case.rip
+        same_base: bool = cs_base == before
+        return same_base and self._rip() == case.rip
 
     def _completed(self, case: Case, template: Template, rep: RepString | None) -> Outcome:
         """The outcome of an instruction that raised nothing."""
