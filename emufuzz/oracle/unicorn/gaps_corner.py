@@ -80,9 +80,9 @@ def _far_pointer_rex(instruction: CaseInstruction, _outcome: Outcome) -> bool:
 
 
 def _call_order(instruction: CaseInstruction, outcome: Outcome) -> bool:
-    """A near CALL that faults on its push; its target was not looked at."""
-    near = instruction.mnemonic == Mnemonic.CALL and instruction.opcode[:1] in {b"\xe8", b"\xff"}
-    return near and _faulted(outcome)
+    """A CALL that faults on its push; its target was not looked at."""
+    call = instruction.mnemonic == Mnemonic.CALL and instruction.opcode[:1] in {b"\xe8", b"\xff", b"\x9a"}
+    return call and _faulted(outcome)
 
 
 def _movnti_prefix(instruction: CaseInstruction, _outcome: Outcome) -> bool:
