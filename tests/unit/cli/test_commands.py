@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "docs" / "examples" / "tzcnt-runs-as-bsf.json"
 EMUFUZZ = [sys.executable, "-c", "from emufuzz.cli.main import main; main()"]
-NOP = '{"id":"nop","mode":"real","code":"90"}'
+CS = '{"cs":{"limit":"0xffff","type":11,"s":1,"p":1}}'
+NOP = f'{{"id":"nop","mode":"real","code":"90","rflags":"0x2","seg":{CS}}}'
 
 Run = Callable[..., subprocess.CompletedProcess[bytes]]
 
@@ -95,7 +96,7 @@ def test_repro_judges_vectors_by_the_recording(run: Run, tmp_path: Path) -> None
     (tmp_path / "v.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     done = run("repro", "--json", "v.jsonl")
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 1
+    assert done.returncode == 1, done.stderr
     assert [(r["exit"], r["differences"]["recorded"]) for r in results] == [(0, []), (1, ["rip"])]
     assert results[1]["where"] == "v.jsonl:2"
 
