@@ -28,6 +28,7 @@ from emufuzz.arch.rflags import (
     X86_EFLAGS_IOPL,
     X86_EFLAGS_RF,
     X86_EFLAGS_SF,
+    X86_EFLAGS_VM,
     X86_EFLAGS_ZF,
 )
 from emufuzz.case.model import PAGE_MASK, Case, Outcome, memory_changes
@@ -110,15 +111,40 @@ def _vm86_flags(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Diffe
         return False
     if oracle.exception != (GP_VECTOR, 0, None):
         return False
-    faulted_first = subject.exception is not None and subject.exception[0] in (PF_VECTOR, SS_VECTOR)
-    return faulted_first or (subject.leaf == "9c" and subject.exception is None)
+    if subject.exception is not None:
+        return subject.exception[0] in (PF_VECTOR, SS_VECTOR)
+    return subject.leaf == "9c" and _pushed_flags(case, subject)
+
+
+def _pushed_flags(case: Case, subject: Outcome) -> bool:
+    """The subject pushed RFLAGS without VM and RF, and did nothing else."""
+    size, width = operand_size(case, "9c"), _stack_width(case)
+    rsp = case.gpr[VCPU_REGS_RSP]
+    top = rsp - size & _mask(width)
+    registers = list(case.gpr)
+    registers[VCPU_REGS_RSP] = rsp & ~_mask(width) | top
+    image = (case.rflags & ~(X86_EFLAGS_VM | X86_EFLAGS_RF)).to_bytes(8, "little")[:size]
+    base = case.system.seg[VCPU_SREG_SS].base
+    written = {base + top + i: byte for i, byte in enumerate(image)}
+    changed = _changed_bytes(case, subject)
+    return (
+        list(subject.gpr) == registers
+        and _completed(case, subject, 1)
+        and all(written.get(at) == byte for at, byte in changed.items())
+    )
+
+
+def _completed(case: Case, subject: Outcome, length: int) -> bool:
+    """The subject went to the next instruction, `length` bytes behind the prefixes, and left the flags."""
+    end = case.rip + prefix_facts(case).length + length
+    return subject.exception is None and subject.rip == end and subject.rflags == case.rflags & ~X86_EFLAGS_RF
 
 
 def _register_prefetch(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]) -> bool:
     """PREFETCH with a register operand is a NOP to KVM."""
     return (
         modrm(case)[0] == 3
-        and subject.exception is None
+        and _completed(case, subject, 3)
         and oracle.exception == (UD_VECTOR, None, None)
         and not subject.pages
         and tuple(subject.gpr) == case.gpr
@@ -146,7 +172,7 @@ def _enter(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference
     registers = list(case.gpr)
     registers[VCPU_REGS_RBP] = case.gpr[VCPU_REGS_RBP] & ~mask | pushed
     registers[VCPU_REGS_RSP] = rsp & ~mask | pushed - frame & mask
-    if registers != list(subject.gpr) or subject.rflags != case.rflags & ~X86_EFLAGS_RF:
+    if registers != list(subject.gpr) or not _completed(case, subject, 4):
         return False
     return width != _enter_size(case) or oracle.exception is not None
 
@@ -254,7 +280,7 @@ def _register_store(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[D
     """MOVNTDQ with a register operand is a move between registers to KVM."""
     return (
         modrm(case)[0] == 3
-        and subject.exception is None
+        and _completed(case, subject, 3)
         and oracle.exception == (UD_VECTOR, None, None)
         and tuple(subject.gpr) == case.gpr
         and not subject.pages
@@ -288,15 +314,6 @@ def _null_stack(case: Case, subject: Outcome, oracle: Outcome, differences: Sequ
         return False
     ours, theirs = subject.system.seg[VCPU_SREG_SS], oracle.system.seg[VCPU_SREG_SS]
     return ours.sel == theirs.sel and ours.sel < 4 and ours.base == 0 and ours.dpl == ours.sel & 3
-
-
-def _media_tags(_case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]) -> bool:
-    """MMX moves leave the x87 tag word alone; the processor marks all registers as valid."""
-    return (
-        _fields(differences) == {"fpu.ftw"}
-        and subject.system.fpu.ftw != 0xFF
-        and oracle.system.fpu.ftw == 0xFF
-    )
 
 
 _ANY: Final = frozenset(row.leaf for row in leaf_rows() if row.implemented)
@@ -343,9 +360,6 @@ QUIRKS: Final[tuple[Quirk, ...]] = (
     Quirk("kvm-null-ss-hidden-part", frozenset(("8e", "17", "0fb2")),
           "a null SS gets the hidden part of a flat data segment",
           "SDM Vol. 3A 5.4.1", _null_stack),
-    Quirk("kvm-mmx-tags", frozenset(("0f6f.pfx_no", "0f7f.pfx_no")),
-          "MMX moves do not mark the x87 registers as valid in the saved tag word",
-          "SDM Vol. 1 9.5.1", _media_tags),
     Quirk("kvm-quirk-01-canonical-straddle", _ANY,
           "only the first byte of an access is checked for a canonical address",
           "SDM Vol. 1 3.3.7.1", _straddle),

@@ -65,6 +65,10 @@ def _partial_vector_load(instruction: CaseInstruction, outcome: Outcome) -> bool
     return _faulted(outcome) and instruction.opcode[:2] in _VECTOR_LOADS
 
 
+def _partial_mmx(instruction: CaseInstruction, outcome: Outcome) -> bool:
+    return outcome.exception is not None and instruction.opcode[:2] in {b"\x0f\x6f", b"\x0f\x7f"}
+
+
 def _control_group(instruction: CaseInstruction, _outcome: Outcome) -> bool:
     opcode = instruction.opcode
     return opcode[:2] == b"\x0f\x01" and len(opcode) > 2 and opcode[2] in _CONTROL_GROUP
@@ -149,6 +153,9 @@ CORNER_GAPS: Final[tuple[Gap, ...]] = (
     _gap("vector-load-partial", _partial_vector_load,
          "a 16-byte load that faults on its second half has loaded the first",
          "SDM Vol. 3A 6.6", ("fpu",)),
+    _gap("mmx-fault-tags", _partial_mmx,
+         "an MMX move that faults has marked the x87 registers as valid",
+         "SDM Vol. 1 9.5.1", ("fpu.ftw", "fpu.fsw")),
     _gap("control-group", _control_group,
          "privileged register forms of 0F 01 are #UD whatever the CPL",
          "SDM Vol. 3A 5.9"),

@@ -65,6 +65,7 @@ PROOFS = {
                      lambda o, _: o.exception[0] == PF_VECTOR and o.gpr[7] == 0x55555555),
     "vector-load-partial": (case_of("prot64-cpl0-flat", "0f1000", b"\x55" * 8, END - 8, rax=END - 8),
                             lambda o, _: o.exception[0] == PF_VECTOR and o.system.fpu.xmm[0] != 0),
+    "mmx-fault-tags": (case_of("prot64-cpl0-flat", "0f6f00", rax=END), lambda o, _: o.system.fpu.ftw == 0xFF),
     "control-group": (case_of("prot64-cpl3-flat", "660f01c1"), undefined),
     "ltr-null": (case_of("prot32-cpl0-flat", "0f00d8"), completes),
     "far-pointer-rex-w": (case_of("prot64-cpl0-flat", "480fb400", b"\x11" * 4, rax=PAGE),
