@@ -80,8 +80,8 @@ class CaseInstruction:
 
     @cached_property
     def opcode(self) -> bytes:
-        """What follows the prefixes: opcode bytes, ModRM and so on."""
-        return self.case.code[len(self.prefixes) :]
+        """What follows the prefixes: opcode bytes, ModRM and so on; at least 3 bytes, zeros if need be."""
+        return self.case.code[len(self.prefixes) :].ljust(3, b"\0")
 
     def decode(self, *, lax: bool = False) -> Any:
         """The iced Instruction; `lax` accepts what the SDM forbids, as LOCK MOV."""

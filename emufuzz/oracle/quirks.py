@@ -209,10 +209,14 @@ def _zero_count(case: Case, subject: Outcome, oracle: Outcome, differences: Sequ
 def _wide_segment_store(
     case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]
 ) -> bool:
-    """MOV m, Sreg, SLDT and STR with REX.W store 8 bytes, of which 6 are zero."""
-    if prefix_facts(case).rex & 8 == 0 or modrm(case)[0] == 3:
+    """MOV m, Sreg, SLDT and STR with REX.W store 8 bytes, of which 6 are zero.
+
+    SLDT and STR read as many bytes as the operand size says beforehand.
+    """
+    wide = prefix_facts(case).rex & 8 or subject.leaf != "8c"
+    if not wide or modrm(case)[0] == 3:
         return False
-    if subject.exception is not None:  # on a page that the six bytes more reach
+    if subject.exception is not None:  # on a page that only the bytes more reach
         fault = subject.exception
         return fault[0] == PF_VECTOR and not (fault[2] or 0) & PAGE_MASK and oracle.exception is None
     if oracle.exception is not None or _fields(differences) != {"mem"}:

@@ -12,7 +12,8 @@ from iced_x86 import Mnemonic
 
 from emufuzz.arch.exceptions import PF_VECTOR, UD_VECTOR
 from emufuzz.arch.regs import VCPU_SREG_SS
-from emufuzz.case.model import Outcome
+from emufuzz.arch.rflags import X86_EFLAGS_RF
+from emufuzz.case.model import PAGE_SHIFT, Outcome, case_pages, code_address
 from emufuzz.oracle.gaps import Condition, Gap
 from emufuzz.oracle.instruction import CaseInstruction
 from emufuzz.oracle.unicorn.engine import UNICORN_VERSION
@@ -101,9 +102,22 @@ def _far_stack_fault(instruction: CaseInstruction, outcome: Outcome) -> bool:
 
 
 def _compare_order(instruction: CaseInstruction, outcome: Outcome) -> bool:
-    """CMPS whose operand at ES:DI faults, not with #PF."""
-    faulted = outcome.exception is not None and not _faulted(outcome)
-    return faulted and instruction.opcode[:1] in {b"\xa6", b"\xa7"}
+    return outcome.exception is not None and instruction.opcode[:1] in {b"\xa6", b"\xa7"}
+
+
+def _real_return(instruction: CaseInstruction, _outcome: Outcome) -> bool:
+    case = instruction.case
+    big = case.system.seg[VCPU_SREG_SS].db
+    return case.mode == "real" and bool(big) and instruction.opcode[:1] == b"\xcf"
+
+
+def _return_resume(instruction: CaseInstruction, outcome: Outcome) -> bool:
+    return instruction.opcode[:1] == b"\xcf" and not outcome.rflags & X86_EFLAGS_RF
+
+
+def _wrap(instruction: CaseInstruction, outcome: Outcome) -> bool:
+    """A #PF at 4 GiB outside 64-bit mode, where addresses have 32 bits."""
+    return _faulted(outcome) and not instruction.long and outcome.exception[2] == 1 << 32  # type: ignore[index] # _faulted
 
 
 def _push_flags_vm86(instruction: CaseInstruction, _outcome: Outcome) -> bool:
@@ -120,11 +134,19 @@ def _double_shift_rip(instruction: CaseInstruction, _outcome: Outcome) -> bool:
     return immediate and instruction.long and instruction.opcode[2] & 0xC7 == 0x05
 
 
-def _long_group11(instruction: CaseInstruction, outcome: Outcome) -> bool:
-    """C6 or C7 /1 to /7 behind so many prefixes that it may have more than 15 bytes."""
-    opcode = instruction.opcode
-    undefined = outcome.exception is not None and outcome.exception[0] == UD_VECTOR
-    return undefined and len(instruction.prefixes) > 7 and opcode[:1] in {b"\xc6", b"\xc7"}
+def _undefined_early(instruction: CaseInstruction, outcome: Outcome) -> bool:
+    """#UD of an instruction that is too long, or that may reach a page that does not exist."""
+    if outcome.exception is None or outcome.exception[0] != UD_VECTOR:
+        return False
+    case = instruction.case
+    last = code_address(case) + _MAX_INSTRUCTION - 1 >> PAGE_SHIFT
+    absent = last not in case_pages(case)
+    return absent or len(instruction.prefixes) > _MAX_INSTRUCTION - _LONGEST_UNPREFIXED
+
+
+#: Bytes of the longest instruction without prefixes: opcode, ModRM, SIB, displacement, immediate.
+_LONGEST_UNPREFIXED: Final = 11
+_MAX_INSTRUCTION: Final = 15
 
 
 def _gap(
@@ -184,10 +206,19 @@ CORNER_GAPS: Final[tuple[Gap, ...]] = (
          "a RIP-relative operand of SHLD or SHRD imm8 is taken one byte too low",
          "SDM Vol. 2A 2.2.1.6"),
     _gap("compare-order", _compare_order,
-         "CMPS reads ES:DI first, so that its #GP comes before a fault of the other operand",
+         "CMPS reads ES:DI first, so that its fault comes before one of the other operand",
          "SDM Vol. 2A CMPS", ("exception",)),
-    _gap("c6-c7-length", _long_group11,
-         "C6 and C7 /1 to /7 are #UD before their length is found to be more than 15 bytes",
-         "SDM Vol. 2A 2.3.11", ("exception",)),
+    _gap("iret-real-stack", _real_return,
+         "IRET in real mode uses 16 bits of the stack pointer, also with a 32-bit stack segment",
+         "SDM Vol. 2A IRET"),
+    _gap("iret-rf", _return_resume,
+         "IRET does not load RF",
+         "SDM Vol. 2A IRET", ("rflags",)),
+    _gap("wrap-4g", _wrap,
+         "an access across 4 GiB outside 64-bit mode does not go on at 0",
+         "SDM Vol. 3A 5.3"),
+    _gap("undefined-early", _undefined_early,
+         "an undefined opcode is #UD before the rest of the instruction is fetched, or found too long",
+         "SDM Vol. 3A 6.9", ("exception",)),
 )
 # fmt: on

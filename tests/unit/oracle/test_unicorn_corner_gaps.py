@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from emufuzz.arch.exceptions import GP_VECTOR, PF_VECTOR, UD_VECTOR
+from emufuzz.arch.rflags import X86_EFLAGS_RF
 from emufuzz.case.model import Memory
 from emufuzz.fuzz.environments import ARENA_BASE, environments
 from emufuzz.fuzz.generate import generate_batch
@@ -82,7 +83,12 @@ PROOFS = {
                          lambda o, _: o.exception[2] == PAGE - 1),
     "compare-order": (case_of("prot64-cpl0-flat", "a7", rsi=END, rdi=1 << 63),
                       lambda o, _: o.exception[0] == GP_VECTOR),
-    "c6-c7-length": (case_of("prot64-cpl0-flat", "67" * 10 + "c6afec42cfc6"), undefined),
+    "iret-real-stack": (case_of("real-cpl0-cs32", "66cf", b"", 0xC000, rsp=0x400000), completes),
+    "iret-rf": (case_of("real-cpl0-flat", "66cf", b"\0" * 8 + b"\2\0\1\0", 0xC000),
+                lambda o, _: not o.rflags & X86_EFLAGS_RF),
+    "wrap-4g": (case_of("compat32-cpl0-flat", "8b00", b"", 0xFFFFF000, rax=0xFFFFFFFE),
+                lambda o, _: o.exception[2] == 1 << 32),
+    "undefined-early": (case_of("prot64-cpl0-flat", "67" * 10 + "c6afec42cfc6"), undefined),
 }
 # fmt: on
 
