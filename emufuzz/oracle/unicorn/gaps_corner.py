@@ -11,7 +11,7 @@ from typing import Final
 from iced_x86 import Mnemonic
 
 from emufuzz.arch.exceptions import PF_VECTOR, UD_VECTOR
-from emufuzz.arch.regs import VCPU_SREG_SS
+from emufuzz.arch.regs import VCPU_REGS_RSP, VCPU_SREG_SS
 from emufuzz.arch.rflags import X86_EFLAGS_RF
 from emufuzz.case.model import PAGE_SHIFT, Outcome, case_pages, code_address
 from emufuzz.oracle.gaps import Condition, Gap
@@ -105,10 +105,22 @@ def _compare_order(instruction: CaseInstruction, outcome: Outcome) -> bool:
     return outcome.exception is not None and instruction.opcode[:1] in {b"\xa6", b"\xa7"}
 
 
+#: The highest SP from which IRETD pops 12 bytes without a carry out of 16 bits.
+_LAST_IRET_SP: Final = 0x10000 - 12
+
+
 def _real_return(instruction: CaseInstruction, _outcome: Outcome) -> bool:
     case = instruction.case
-    big = case.system.seg[VCPU_SREG_SS].db
-    return case.mode == "real" and bool(big) and instruction.opcode[:1] == b"\xcf"
+    wide = case.system.seg[VCPU_SREG_SS].db and case.gpr[VCPU_REGS_RSP] > _LAST_IRET_SP
+    return case.mode == "real" and bool(wide) and instruction.opcode[:1] == b"\xcf"
+
+
+def _null_stack_privilege(instruction: CaseInstruction, outcome: Outcome) -> bool:
+    """A null selector with another RPL than the CPL was loaded into SS."""
+    loads = instruction.opcode[:1] == b"\x8e" or instruction.opcode[:2] == b"\x0f\xb2"
+    selector = outcome.system.seg[VCPU_SREG_SS].sel
+    cpl = instruction.case.system.seg[VCPU_SREG_SS].dpl
+    return loads and instruction.long and selector < 4 and selector != cpl
 
 
 def _return_resume(instruction: CaseInstruction, outcome: Outcome) -> bool:
@@ -211,6 +223,9 @@ CORNER_GAPS: Final[tuple[Gap, ...]] = (
     _gap("iret-real-stack", _real_return,
          "IRET in real mode uses 16 bits of the stack pointer, also with a 32-bit stack segment",
          "SDM Vol. 2A IRET"),
+    _gap("null-ss-rpl", _null_stack_privilege,
+         "in 64-bit mode SS takes a null selector whose RPL is not the CPL",
+         "SDM Vol. 2A LDS; Vol. 2B MOV"),
     _gap("iret-rf", _return_resume,
          "IRET does not load RF",
          "SDM Vol. 2A IRET", ("rflags",)),

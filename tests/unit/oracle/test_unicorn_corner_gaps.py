@@ -86,6 +86,7 @@ PROOFS = {
     "iret-real-stack": (case_of("real-cpl0-cs32", "66cf", b"", 0xC000, rsp=0x400000), completes),
     "iret-rf": (case_of("real-cpl0-flat", "66cf", b"\0" * 8 + b"\2\0\1\0", 0xC000),
                 lambda o, _: not o.rflags & X86_EFLAGS_RF),
+    "null-ss-rpl": (case_of("prot64-cpl0-flat", "8ed0", rax=3), completes),
     "wrap-4g": (case_of("compat32-cpl0-flat", "8b00", b"", 0xFFFFF000, rax=0xFFFFFFFE),
                 lambda o, _: o.exception[2] == 1 << 32),
     "undefined-early": (case_of("prot64-cpl0-flat", "67" * 10 + "c6afec42cfc6"), undefined),
