@@ -103,7 +103,7 @@ def test_repro_judges_vectors_by_the_recording(run: Run, tmp_path: Path) -> None
 
 def test_repro_of_findings_tells_same_gone_and_different(run: Run, tmp_path: Path) -> None:
     assert run("fuzz", "--cases", "4096", "--seed-bug", seed_bug(run), "--out", "c").returncode == 1
-    path = sorted((tmp_path / "c" / "findings").iterdir())[0]
+    path = min((tmp_path / "c" / "findings").iterdir())
     finding = json.loads(path.read_text())
     assert run("repro", path).returncode == 0  # the handler is not broken in this process
     case = dict(json.loads(EXAMPLE.read_text()))
