@@ -1,0 +1,1 @@
+"""The x86 vocabulary: registers, flags, descriptors, exceptions, opcode leaves and their flag effects."""
