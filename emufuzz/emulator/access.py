@@ -1,7 +1,7 @@
 """Guest memory as instructions see it: linearize, operand reads and writes, the stack, branch targets.
 
 emulate.c: __linearize, linearize, assign_eip, segmented_read and its kin, stack_mask,
-register_address, rsp_increment. SDM Vol. 1 3.3.7 (canonical addresses), Vol. 3A 5.3 (limits),
+rsp_increment. SDM Vol. 1 3.3.7 (canonical addresses), Vol. 3A 5.3 (limits),
 5.4 (types).
 
 Functions that yield a value return it as an int of zero or more, and a failure as the negative
@@ -46,11 +46,6 @@ ADDRESS_MASK: Final = {2: MASK16, 4: MASK32, 8: MASK64}
 def address_mask(ctxt: X86EmulateCtxt, address: int) -> int:
     """Truncate to the instruction's address size (KVM: address_mask)."""
     return address & ADDRESS_MASK[ctxt.ad_bytes]
-
-
-def register_address(ctxt: X86EmulateCtxt, reg: int) -> int:
-    """GPR `reg` as an effective address."""
-    return reg_read(ctxt, reg) & ADDRESS_MASK[ctxt.ad_bytes]
 
 
 def assign_masked(ctxt: X86EmulateCtxt, reg: int, value: int, mask: int) -> None:

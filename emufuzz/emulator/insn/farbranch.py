@@ -239,7 +239,7 @@ def _emulate_iret_real(ctxt: X86EmulateCtxt) -> int:
     ctxt.next_eip = eip
     if size == 4:
         flags = flags & _IRET_MASK | ctxt.eflags & _IRET_KEPT
-    elif size == 2:
+    else:
         flags |= ctxt.eflags & ~0xFFFF
     ctxt.eflags = flags & ~EFLG_RESERVED_ZEROS_MASK | X86_EFLAGS_FIXED
     ctxt.ops.set_nmi_mask(ctxt, masked=False)
