@@ -156,6 +156,12 @@ def _undefined_early(instruction: CaseInstruction, outcome: Outcome) -> bool:
     return absent or len(instruction.prefixes) > _MAX_INSTRUCTION - _LONGEST_UNPREFIXED
 
 
+def _too_long(instruction: CaseInstruction, outcome: Outcome) -> bool:
+    """15 bytes are not all of the instruction, and one of its accesses faulted."""
+    prefixed = len(instruction.prefixes) > _MAX_INSTRUCTION - _LONGEST_UNPREFIXED
+    return _faulted(outcome) and prefixed and not instruction.decode(lax=True).code
+
+
 #: Bytes of the longest instruction without prefixes: opcode, ModRM, SIB, displacement, immediate.
 _LONGEST_UNPREFIXED: Final = 11
 _MAX_INSTRUCTION: Final = 15
@@ -232,6 +238,9 @@ CORNER_GAPS: Final[tuple[Gap, ...]] = (
     _gap("wrap-4g", _wrap,
          "an access across 4 GiB outside 64-bit mode does not go on at 0",
          "SDM Vol. 3A 5.3"),
+    _gap("too-long-access", _too_long,
+         "an instruction of more than 15 bytes accesses memory before its #GP",
+         "SDM Vol. 2A 2.3.11", ("exception",)),
     _gap("undefined-early", _undefined_early,
          "an undefined opcode is #UD before the rest of the instruction is fetched, or found too long",
          "SDM Vol. 3A 6.9", ("exception",)),

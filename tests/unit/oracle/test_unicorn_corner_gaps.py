@@ -89,6 +89,8 @@ PROOFS = {
     "null-ss-rpl": (case_of("prot64-cpl0-flat", "8ed0", rax=3), completes),
     "wrap-4g": (case_of("compat32-cpl0-flat", "8b00", b"", 0xFFFFF000, rax=0xFFFFFFFE),
                 lambda o, _: o.exception[2] == 1 << 32),
+    "too-long-access": (case_of("prot64-cpl0-flat", "3e" * 11 + "f70011111111", rax=END),
+                        lambda o, _: o.exception[0] == PF_VECTOR),
     "undefined-early": (case_of("prot64-cpl0-flat", "67" * 10 + "c6afec42cfc6"), undefined),
 }
 # fmt: on
