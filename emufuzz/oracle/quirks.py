@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from emufuzz.arch.cr import X86_CR4_LA57
+from emufuzz.arch.cr import EFER_LMA, X86_CR4_LA57
 from emufuzz.arch.exceptions import GP_VECTOR, PF_VECTOR, SS_VECTOR, UD_VECTOR
 from emufuzz.arch.leaves import leaf_rows
 from emufuzz.arch.regs import (
@@ -312,6 +312,33 @@ def _real_return(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Diff
     )
 
 
+def _system_descriptor(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]) -> bool:
+    """LLDT, LTR in long mode: KVM reads a descriptor of which only the first 8 bytes are in the table."""
+    ours, theirs = subject.exception, oracle.exception
+    if ours is None or theirs is None or theirs[0] != GP_VECTOR or not case.system.efer & EFER_LMA:
+        return False
+    offset = theirs[1] or 0
+    table = case.system.gdtr
+    cut = offset + 7 <= table.limit < offset + 15
+    return cut and ours[0] == PF_VECTOR and table.base <= (ours[2] or 0) <= table.base + table.limit
+
+
+def _table_read(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]) -> bool:
+    """LGDT, LIDT with a 16-bit operand: KVM reads 3 bytes of the base, the processor 4."""
+    fault = oracle.exception
+    return (
+        operand_size(case, subject.leaf) == 2
+        and subject.exception is None
+        and subject.rip == case.rip + (subject.length or 0)
+        and subject.rflags == case.rflags & ~X86_EFLAGS_RF
+        and tuple(subject.gpr) == case.gpr
+        and not subject.pages
+        and fault is not None
+        and fault[0] == PF_VECTOR
+        and not (fault[2] or 0) & PAGE_MASK
+    )
+
+
 def _null_stack(case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]) -> bool:
     """A null SS in 64-bit mode: KVM fills the hidden part with a flat data segment."""
     if case.mode != "prot64" or _fields(differences) != {"seg.ss"}:
@@ -349,6 +376,12 @@ QUIRKS: Final[tuple[Quirk, ...]] = (
     Quirk("kvm-quirk-23-iret-real", frozenset(("cf",)),
           "an offset above FFFFH is #GP(0) whatever the limit of CS",
           "SDM Vol. 2A IRET", _real_return),
+    Quirk("kvm-quirk-37-system-descriptor", frozenset(("0f00/2", "0f00/3")),
+          "of a 16-byte system descriptor only the first 8 bytes are checked against the table's limit",
+          "SDM Vol. 2A LTR", _system_descriptor),
+    Quirk("kvm-quirk-43-table-read", frozenset(("0f01/2.mem", "0f01/3.mem")),
+          "LGDT and LIDT with a 16-bit operand read 5 bytes instead of 6",
+          "SDM Vol. 2A LGDT", _table_read),
     Quirk("kvm-quirk-41-movntdq-register", frozenset(("0fe7.pfx_66",)),
           "a register operand is accepted",
           "SDM Vol. 2B MOVNTDQ", _register_store),

@@ -62,6 +62,8 @@ CASES = {
     "kvm-quirk-16-segment-source-first": case_of("prot32-cpl0-flat", "8e38", rax=END),
     "kvm-rex-r-segment-register":       case_of("prot64-cpl0-flat", "448cd8"),
     "kvm-ltr-ti-error-code":            case_of("prot64-cpl0-flat", "0f00d8", rax=0xFFC),
+    "kvm-quirk-37-system-descriptor":   case_of("prot64-cpl0-flat", "0f00d8", rax=0x60),
+    "kvm-quirk-43-table-read":          case_of("real-cpl0-flat", "0f011f", rbx=0xFFB),
     "kvm-null-ss-hidden-part":          case_of("prot64-cpl0-flat", "8ed0"),
     "kvm-quirk-01-canonical-straddle":  case_of("prot64-cpl0-flat", "8b00", (TOP, b""), rax=TOP + 0xFFE),
     "kvm-page-split-write":             case_of("prot64-cpl0-flat", "8908", rax=END - 2, rcx=0x55555555),
