@@ -1,3 +1,4 @@
+# ruff: noqa: ARG002 - callbacks have KVM's arguments, used or not
 """Instruction lengths: the port, capstone and iced-x86 on encodings of every implemented leaf.
 
 Every kind of disagreement has a rule here that recognises it, and a row in the table of
@@ -33,9 +34,7 @@ from emufuzz.fuzz.forms import Form, forms
 
 IP = 0x1000
 MODES = {16: X86EMUL_MODE_PROT16, 32: X86EMUL_MODE_PROT32, 64: X86EMUL_MODE_PROT64}
-CAPSTONE = {
-    bits: capstone.Cs(capstone.CS_ARCH_X86, getattr(capstone, f"CS_MODE_{bits}")) for bits in MODES
-}
+CAPSTONE = {bits: capstone.Cs(capstone.CS_ARCH_X86, getattr(capstone, f"CS_MODE_{bits}")) for bits in MODES}
 #: Length counts here, not whether the instruction would fault.
 ICED_OPTIONS = iced_x86.DecoderOptions.NO_INVALID_CHECK
 IMPLEMENTED = [form for form in forms() if form.implemented]
@@ -108,12 +107,16 @@ RULES: dict[str, Callable[[Verdict], bool]] = {
     "far-pointer-in-a-register": lambda v: both_refuse(v) and v.form.leaf in FAR_POINTER and v.mod3,
     "segment-register-6-or-7": lambda v: both_refuse(v) and v.form.leaf in ("8c", "8e"),
     "movntdq-register-form": lambda v: both_refuse(v) and v.form.leaf == "0fe7.pfx_66" and v.mod3,
-    "no-prefix-allowed": lambda v: not v.iced and v.form.leaf in NO_PREFIX and bool(v.prefixes & {0x66, *REPEATS}),
+    "no-prefix-allowed": lambda v: (
+        not v.iced and v.form.leaf in NO_PREFIX and bool(v.prefixes & {0x66, *REPEATS})
+    ),
     "lock": lambda v: capstone_refuses(v) and 0xF0 in v.prefixes,
     "capstone-repeat": lambda v: capstone_refuses(v) and bool(v.prefixes & REPEATS),
     "capstone-reserved-nop": lambda v: capstone_refuses(v) and v.form.leaf in ("0f0d", "0f18"),
     "capstone-movsxd": lambda v: capstone_refuses(v) and v.form.leaf == "63.mode64",
-    "capstone-jcc-66": lambda v: v.iced == v.ours == v.cs + 2 and v.bits == 64 and v.form.leaf in ("0f80", "0f81"),
+    "capstone-jcc-66": lambda v: (
+        v.iced == v.ours == v.cs + 2 and v.bits == 64 and v.form.leaf in ("0f80", "0f81")
+    ),
     "capstone-ret-66-rex-w": lambda v: v.iced == v.ours == v.cs - 2 and v.bits == 64 and v.form.leaf == "c2",
 }
 
@@ -150,9 +153,8 @@ def compare(seed: int, count: int) -> tuple[set[str], Counter[str], list[str]]:
             continue
         rule = next((name for name, explains in RULES.items() if explains(verdict)), None)
         if rule is None:
-            unexplained.append(
-                f"{form.leaf} {bits} bits {code.hex()}: {ours}, capstone {verdict.cs}, iced-x86 {verdict.iced}"
-            )
+            lengths = f"{ours}, capstone {verdict.cs}, iced-x86 {verdict.iced}"
+            unexplained.append(f"{form.leaf} {bits} bits {code.hex()}: {lengths}")
         else:
             explained[rule] += 1
     return agreed, explained, unexplained

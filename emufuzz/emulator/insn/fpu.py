@@ -75,7 +75,8 @@ def _check_fxsr(ctxt: X86EmulateCtxt) -> int:
 def _fxstate_size(ctxt: X86EmulateCtxt) -> int:
     """Bytes of the image that are moved: XMM0-7 only with CR4.OSFXSR.
 
-    KVM deviation: the reserved rest of the 512 bytes is neither read nor written.
+    KVM deviation: the reserved rest of the 512 bytes is neither read nor written
+    (SDM Vol. 2A FXSAVE).
     """
     return _XMM_OFFSET + (128 if ctxt.ops.get_cr(ctxt, 4) & X86_CR4_OSFXSR else 0)
 

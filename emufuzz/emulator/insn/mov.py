@@ -120,7 +120,8 @@ def em_cmpxchg(ctxt: X86EmulateCtxt) -> int:
 def em_cmpxchg8b(ctxt: X86EmulateCtxt) -> int:
     """CMPXCHG8B m64.
 
-    KVM deviation: CMPXCHG16B is unhandleable, after its operand was read; CPUID is not looked at.
+    KVM deviation: CMPXCHG16B is unhandleable, after its operand was read; CPUID is not looked at
+    (SDM Vol. 2A CMPXCHG8B).
     """
     dst = ctxt.dst
     if dst.bytes == 16:

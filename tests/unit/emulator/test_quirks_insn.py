@@ -217,13 +217,13 @@ def test_quirk_68_x87():
     assert run("prot32", "dfe0").outcome.decode_rc == "failed"
 
 
-def test_int_n_has_a_signed_vector():
+def test_quirk_69_int_n_has_a_signed_vector():
     below = {0x1000 - 0x200: b"\x34\x12\x00\x20"}
     done = run("real", "cd80", data=below, idtr=_table(0x1000, 0x3FF))
     assert (done.rip, done.seg("cs").sel) == (0x1234, 0x2000)
 
 
-def test_a_failed_cmpxchg_zero_extends_a_register_destination():
+def test_quirk_70_a_failed_cmpxchg_zero_extends_a_register_destination():
     done = run("prot64", "0fb1d8", rax=0xFFFFFFFF_00000001, rbx=2)
     assert isinstance(done, Run)
     assert done.reg("rax") == 2  # RAX is its own destination

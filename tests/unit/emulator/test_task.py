@@ -292,7 +292,7 @@ def test_faults_of_16_bit_loads(field):
     assert m.fault[:2] == (13, 0x1000)
 
 
-def test_quirk_47_neither_type_nor_trap_bit_is_looked_at():
+def test_neither_type_nor_trap_bit_is_looked_at():
     m = task(32, new=descriptor(12, base=NEW_TSS))  # a call gate
     assert switch(m, "jmp") == EMULATION_OK
     assert m.ctxt.rc == X86EMUL_CONTINUE
