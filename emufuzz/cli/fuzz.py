@@ -52,7 +52,8 @@ def fuzz(
     if seconds is None and cases is None:
         seconds = DEFAULT_SECONDS
     try:
-        store = Store(out, campaign_versions())
+        ran = campaign_versions() | ({"seed_bug": seed_bug} if seed_bug else {})
+        store = Store(out, ran)
         store.begin(
             {"seed": seed, "cases": cases, "modes": list(chosen), "states": states, "seed_bug": seed_bug}
         )
