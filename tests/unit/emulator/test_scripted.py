@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from support.emulate import GP, UD, run
+from support.emulate import GP, UD, descriptor, run
 
-from emufuzz.case.build import DATA_BASE, build_case
+from emufuzz.case.build import DATA_BASE, GDT_BASE, build_case
 from emufuzz.case.errors import UnsupportedCaseError
+from emufuzz.case.model import TableRegister
+from emufuzz.emulator.x86emul import X86EMUL_NAMES
 from emufuzz.subject.flat import FlatSubject
+from emufuzz.subject.flat.scripted import RESULT_OPS
 
 
 def check(**entry) -> str:
@@ -87,3 +90,47 @@ def test_answers_that_become_faults(code, op, result, fault):
 def test_fxsr_is_asked():
     done = run("prot32", "0fae00", rax=DATA_BASE, callbacks=[{"op": "guest_has_fxsr", "result": 0}])
     assert done.fault == UD
+
+
+SMM = {"op": "is_smm", "result": 1}
+GDT_SLOT = {"gdtr": TableRegister(GDT_BASE, 0xFFF), "data": {GDT_BASE + 0x80: descriptor(2, s=1)}}
+#: Callback -> an instruction that calls it, and the machine it needs.
+CALLERS = {
+    "fetch":               ("prot64", "90", {}),
+    "read_std":            ("prot32", "8ed8", {"rax": 0x80, **GDT_SLOT}),
+    "write_std":           ("prot32", "8ed8", {"rax": 0x80, **GDT_SLOT}),
+    "read_emulated":       ("prot64", "8b18", {"rax": DATA_BASE}),
+    "write_emulated":      ("prot64", "8918", {"rax": DATA_BASE}),
+    "cmpxchg_emulated":    ("prot64", "f00118", {"rax": DATA_BASE}),
+    "get_msr_with_filter": ("prot64", "0f32", {"rcx": 0x10, "msr": ((0x10, 1),)}),
+    "set_msr_with_filter": ("prot64", "0f30", {"rcx": 0x10, "msr": ((0x10, 1),)}),
+    "fix_hypercall":       ("prot64", "0f01c1", {}),
+    "intercept":           ("prot64", "f4", {}),
+    "leave_smm":           ("prot64", "0faa", {}),
+}  # fmt: skip
+
+
+def after(op: str, result: str) -> str:
+    """The outcome's rc when the first call of `op` answers `result`."""
+    if op == "leave_smm":
+        return "continue"  # what is left to do is a shutdown
+    if op == "fetch":
+        return "propagate_fault" if result == "propagate_fault" else "unhandleable"
+    return result
+
+
+@pytest.mark.parametrize("result", X86EMUL_NAMES[1:])
+@pytest.mark.parametrize("op", CALLERS)
+def test_each_callback_with_each_result(op, result):
+    mode, code, machine = CALLERS[op]
+    others = [SMM] if op == "leave_smm" else []
+    assert set(CALLERS) == set(RESULT_OPS)
+    done = run(mode, code, callbacks=[*others, {"op": op, "result": result}], **machine)
+    assert done.rc == after(op, result)
+    assert (done.fault is not None) == (done.rc == "propagate_fault")
+    if done.rc != "continue":
+        assert tuple(done.outcome.gpr) == done.case.gpr
+        assert done.rip == done.case.rip
+        assert done.outcome.pages == {}
+    undisturbed = run(mode, code, callbacks=[*others, {"op": op, "result": "continue"}], **machine)
+    assert undisturbed.rc == "continue"
