@@ -27,7 +27,7 @@ class Feature(NamedTuple):
     """Where a feature bit lives: leaf, subleaf, register (EAX..EDX), bit number."""
 
     function: int
-    index: int
+    subleaf: int
     register: int
     bit: int
 
@@ -37,12 +37,11 @@ class Feature(NamedTuple):
 FEATURES: Final = {
     "mwait":           Feature(1, 0, ECX, 3),
     "vmx":             Feature(1, 0, ECX, 5),
-    "pdcm":            Feature(1, 0, ECX, 15),
     "pcid":            Feature(1, 0, ECX, 17),
     "x2apic":          Feature(1, 0, ECX, 21),
     "movbe":           Feature(1, 0, ECX, 22),
-    "tsc_deadline":    Feature(1, 0, ECX, 24),
     "xsave":           Feature(1, 0, ECX, 26),
+    "rdrand":          Feature(1, 0, ECX, 30),
     "osxsave":         Feature(1, 0, ECX, 27),
     "xmm3":            Feature(1, 0, ECX, 0),
     "apic":            Feature(1, 0, EDX, 9),
@@ -64,14 +63,10 @@ FEATURES: Final = {
     "arch_capabilities": Feature(7, 0, EDX, 29),
     "lam":             Feature(7, 1, EAX, 26),
     "xsaves":          Feature(13, 1, EAX, 3),
-    "svm":             Feature(0x80000001, 0, ECX, 2),
-    "syscall":         Feature(0x80000001, 0, EDX, 11),
     "nx":              Feature(0x80000001, 0, EDX, 20),
-    "fxsr_opt":        Feature(0x80000001, 0, EDX, 25),
     "gbpages":         Feature(0x80000001, 0, EDX, 26),
     "rdtscp":          Feature(0x80000001, 0, EDX, 27),
     "lm":              Feature(0x80000001, 0, EDX, 29),
-    "autoibrs":        Feature(0x80000021, 0, EAX, 8),
 }
 #: Feature -> the CR4 bits that are reserved without it.
 CR4_FEATURES: Final = {
@@ -153,7 +148,7 @@ class GuestCpuid:
         self.cr4_guest_rsvd_bits = cr4_reserved_bits(self.features)
 
     def _bit(self, feature: Feature) -> bool:
-        leaf = self.leaves.get((feature.function, feature.index))
+        leaf = self.leaves.get((feature.function, feature.subleaf))
         return leaf is not None and bool(leaf[feature.register] >> feature.bit & 1)
 
     def _query_maxphyaddr(self) -> int:
@@ -225,7 +220,7 @@ class GuestCpuid:
     def set_runtime(self, name: str, *, on: bool) -> None:
         """Let a bit follow the machine's state (KVM: kvm_update_cpuid_runtime, OSXSAVE OSPKE APIC MWAIT)."""
         feature = FEATURES[name]
-        leaf = self.leaves.get((feature.function, feature.index))
+        leaf = self.leaves.get((feature.function, feature.subleaf))
         if leaf is None:
             return
         leaf[feature.register] = leaf[feature.register] & ~(1 << feature.bit) | on << feature.bit
@@ -307,17 +302,14 @@ def _number(value: Any, name: str) -> int:
 
 def _set_feature(leaves: dict[tuple[int, int], Leaf], name: str, *, on: bool) -> None:
     feature = FEATURES[name]
-    leaf = leaves.setdefault((feature.function, feature.index), [0, 0, 0, 0])
+    leaf = leaves.setdefault((feature.function, feature.subleaf), [0, 0, 0, 0])
     leaf[feature.register] = leaf[feature.register] & ~(1 << feature.bit) | on << feature.bit
-    if feature.function == 7 and feature.index > leaves[7, 0][EAX]:
-        leaves[7, 0][EAX] = feature.index
+    if feature.function == 7 and feature.subleaf > leaves[7, 0][EAX]:
+        leaves[7, 0][EAX] = feature.subleaf
     if name == "xsave" and on:
         leaves.setdefault((0xD, 0), [7, 0x240, 0x340, 0])
 
 
-def implied_features(cr4: int, efer: int) -> frozenset[str]:
-    """Features that a machine must have whose CR4 and EFER hold these values."""
-    names = {name for name, bit in CR4_FEATURES.items() if cr4 & bit}
-    if efer & crs.EFER_SVME:
-        names.add("svm")
-    return frozenset(names)
+def implied_features(cr4: int) -> frozenset[str]:
+    """Features that a machine must have whose CR4 holds this value."""
+    return frozenset(name for name, bit in CR4_FEATURES.items() if cr4 & bit)

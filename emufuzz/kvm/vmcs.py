@@ -38,9 +38,9 @@ class VmcsError(Exception):
 
 
 class FieldInfo(NamedTuple):
-    """A field encoding taken apart: index, type, width (WIDTH_*), access to the upper half."""
+    """A field encoding taken apart: number, type, width (WIDTH_*), access to the upper half."""
 
-    index: int
+    number: int
     type: int
     width: int
     high: bool
