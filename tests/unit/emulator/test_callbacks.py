@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import re
+from functools import cache
+from pathlib import Path
 
 import msgspec
 import pytest
 from support.emulate import GP, UD, run
 from support.machine import Machine, machine
 
+from emufuzz import emulator
 from emufuzz.arch.cr import X86_CR4_LA57
 from emufuzz.arch.rflags import X86_EFLAGS_AC, X86_EFLAGS_FIXED, X86_EFLAGS_IF, X86_EFLAGS_TF
 from emufuzz.case.build import CODE_BASE, DATA_BASE, STACK_TOP, build_case, build_system
@@ -59,6 +64,29 @@ def test_all_45_callbacks_are_documented_and_provided():
         assert (getattr(X86EmulateOps, name).__doc__ or "").strip(), name
         provided = inspect.signature(getattr(ScriptedOps, name)).parameters
         assert list(provided) == list(inspect.signature(getattr(X86EmulateOps, name)).parameters), name
+
+
+@cache
+def functions() -> list[tuple[str, str]]:
+    """All functions of the emulator with their source."""
+    trees = [ast.parse(path.read_text("utf-8")) for path in Path(emulator.__file__).parent.rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return [(node.name, ast.unparse(node)) for node in nodes]
+
+
+def callers_of(callback: str) -> set[str]:
+    """The functions of the emulator that call a callback."""
+    return {name for name, source in functions() if re.search(rf"\bops\.{callback}\b", source)}
+
+
+def test_docstrings_name_callers():
+    for name, member in vars(X86EmulateOps).items():
+        if name[0] == "_" or not inspect.isfunction(member):
+            continue
+        doc = " ".join((inspect.getdoc(member) or "").split())
+        said = re.search(r"Called by ([\w ,]+?)( and others)?\.", doc)
+        assert said, name
+        assert set(said[1].split(", ")) <= callers_of(name), name
 
 
 # -- nested intercepts ---------------------------------------------------------------------------
