@@ -11,7 +11,6 @@ from typing import Final, NamedTuple
 
 from emufuzz.kvm import msr_index as mi
 from emufuzz.kvm import vmx_bits as vb
-from emufuzz.kvm.cpuid import GuestCpuid
 from emufuzz.kvm.options import KvmOptions
 
 VMX_MSRS: Final = range(mi.MSR_IA32_VMX_BASIC, mi.MSR_IA32_VMX_VMFUNC + 1)
@@ -188,7 +187,7 @@ def vmx_exec_control(options: KvmOptions, config: VmcsConfig) -> int:
     return controls
 
 
-def vmx_secondary_exec_control(options: KvmOptions, config: VmcsConfig, cpuid: GuestCpuid) -> int:
+def vmx_secondary_exec_control(options: KvmOptions, config: VmcsConfig, features: frozenset[str]) -> int:
     """Secondary processor-based controls of a VM; those of features follow the guest's CPUID."""
     controls = config.cpu_based_2nd_exec_ctrl & ~(
         vb.SECONDARY_EXEC_VIRTUALIZE_X2APIC_MODE
@@ -204,12 +203,12 @@ def vmx_secondary_exec_control(options: KvmOptions, config: VmcsConfig, cpuid: G
     if not options.enable_apicv:
         controls &= ~(vb.SECONDARY_EXEC_APIC_REGISTER_VIRT | vb.SECONDARY_EXEC_VIRTUAL_INTR_DELIVERY)
     for enabled, control in (
-        (cpuid.has("xsaves"), vb.SECONDARY_EXEC_ENABLE_XSAVES),
-        (cpuid.has("rdtscp") or cpuid.has("rdpid"), vb.SECONDARY_EXEC_ENABLE_RDTSCP),
-        (cpuid.has("invpcid"), vb.SECONDARY_EXEC_ENABLE_INVPCID),
-        (cpuid.has("waitpkg"), vb.SECONDARY_EXEC_ENABLE_USR_WAIT_PAUSE),
-        (not cpuid.has("rdrand"), vb.SECONDARY_EXEC_RDRAND_EXITING),
-        (not cpuid.has("rdseed"), vb.SECONDARY_EXEC_RDSEED_EXITING),
+        ("xsaves" in features, vb.SECONDARY_EXEC_ENABLE_XSAVES),
+        ("rdtscp" in features or "rdpid" in features, vb.SECONDARY_EXEC_ENABLE_RDTSCP),
+        ("invpcid" in features, vb.SECONDARY_EXEC_ENABLE_INVPCID),
+        ("waitpkg" in features, vb.SECONDARY_EXEC_ENABLE_USR_WAIT_PAUSE),
+        ("rdrand" not in features, vb.SECONDARY_EXEC_RDRAND_EXITING),
+        ("rdseed" not in features, vb.SECONDARY_EXEC_RDSEED_EXITING),
     ):
         if not enabled:
             controls &= ~control

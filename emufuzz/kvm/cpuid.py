@@ -8,6 +8,7 @@ SDM Vol. 2A CPUID; APM Vol. 3 Appendix E.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Final, NamedTuple
 
 from emufuzz.arch import cr as crs
@@ -129,17 +130,10 @@ class GuestCpuid:
         "leaves",
         "maxphyaddr",
         "reserved_gpa_bits",
-        "vendor",
     )
 
-    def __init__(self, leaves: dict[tuple[int, int], Leaf], vendor: str) -> None:
+    def __init__(self, leaves: dict[tuple[int, int], Leaf]) -> None:
         self.leaves = leaves
-        self.vendor = vendor
-        self._derive()
-
-    def _derive(self) -> None:
-        """KVM: kvm_vcpu_after_set_cpuid."""
-        leaves = self.leaves
         self.indexed = {4, 7, 0xB, 0xD, 0xF, 0x10, 0x12, 0x14, 0x1F} | {f for f, index in leaves if index}
         self.features = frozenset(name for name in FEATURES if self._bit(FEATURES[name]))
         self.maxphyaddr = self._query_maxphyaddr()
@@ -220,11 +214,21 @@ class GuestCpuid:
     def set_runtime(self, name: str, *, on: bool) -> None:
         """Let a bit follow the machine's state (KVM: kvm_update_cpuid_runtime, OSXSAVE OSPKE APIC MWAIT)."""
         feature = FEATURES[name]
-        leaf = self.leaves.get((feature.function, feature.subleaf))
-        if leaf is None:
+        key = feature.function, feature.subleaf
+        leaf = self.leaves.get(key)
+        if leaf is None or on == bool(leaf[feature.register] >> feature.bit & 1):
             return
-        leaf[feature.register] = leaf[feature.register] & ~(1 << feature.bit) | on << feature.bit
+        leaf = leaf.copy()
+        leaf[feature.register] ^= 1 << feature.bit
+        self.leaves = {**self.leaves, key: leaf}
         self.features = self.features | {name} if on else self.features - {name}
+
+    def copy(self) -> GuestCpuid:
+        """A CPUID that `set_runtime` can change without changing this one."""
+        twin = GuestCpuid.__new__(GuestCpuid)
+        for name in GuestCpuid.__slots__:
+            setattr(twin, name, getattr(self, name))
+        return twin
 
     @property
     def supported_xcr0(self) -> int:
@@ -251,12 +255,23 @@ def guest_cpuid(vendor: str, overrides: Any = None, implied: frozenset[str] = fr
             "features": {name: bool}, "maxphyaddr": bits}; CpuidError if it is malformed.
         implied: features that the initial state makes evident; overrides rank above them.
     """
+    if overrides is None:
+        return _plain_cpuid(vendor, implied).copy()
+    leaves = _leaves_with(vendor, implied)
+    _override(leaves, overrides)
+    return GuestCpuid(leaves)
+
+
+@cache
+def _plain_cpuid(vendor: str, implied: frozenset[str]) -> GuestCpuid:
+    return GuestCpuid(_leaves_with(vendor, implied))
+
+
+def _leaves_with(vendor: str, features: frozenset[str]) -> dict[tuple[int, int], Leaf]:
     leaves = default_leaves(vendor)
-    for name in implied:
+    for name in features:
         _set_feature(leaves, name, on=True)
-    if overrides is not None:
-        _override(leaves, overrides)
-    return GuestCpuid(leaves, vendor)
+    return leaves
 
 
 def _override(leaves: dict[tuple[int, int], Leaf], overrides: Any) -> None:
@@ -310,6 +325,7 @@ def _set_feature(leaves: dict[tuple[int, int], Leaf], name: str, *, on: bool) ->
         leaves.setdefault((0xD, 0), [7, 0x240, 0x340, 0])
 
 
+@cache
 def implied_features(cr4: int) -> frozenset[str]:
     """Features that a machine must have whose CR4 holds this value."""
     return frozenset(name for name, bit in CR4_FEATURES.items() if cr4 & bit)

@@ -6,6 +6,7 @@ KVM: __set_regs, __set_sregs_common, init_vmcs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Final
 
 import msgspec
@@ -43,6 +44,7 @@ from emufuzz.kvm.rflags import kvm_set_rflags
 from emufuzz.kvm.rmode import vmx_update_exception_bitmap
 from emufuzz.kvm.segments import set_segment_raw, vmx_get_gdt, vmx_get_idt, vmx_get_segment
 from emufuzz.kvm.vcpu import VCPU_EXREG_CR3, GuestMode, KvmSegment, Vcpu
+from emufuzz.kvm.vmcs import Vmcs
 
 _IN_SYSTEM: Final = frozenset({mi.MSR_EFER, mi.MSR_FS_BASE, mi.MSR_GS_BASE})
 
@@ -87,18 +89,24 @@ def vcpu_of_case(case: Case, hooks: VcpuHooks) -> Vcpu:
 
 
 def init_vmcs(vcpu: Vcpu) -> None:
-    """Controls of a fresh VMCS."""
-    options: KvmOptions = vcpu.options
-    config = setup_vmcs_config(options)
-    write = vcpu.vmcs.write
-    write(vf.PIN_BASED_VM_EXEC_CONTROL, vmx_pin_based_exec_ctrl(options, config))
-    write(vf.CPU_BASED_VM_EXEC_CONTROL, vmx_exec_control(options, config))
-    write(vf.SECONDARY_VM_EXEC_CONTROL, vmx_secondary_exec_control(options, config, vcpu.cpuid))
-    write(vf.VM_EXIT_CONTROLS, vmx_vmexit_ctrl(config))
-    write(vf.VM_ENTRY_CONTROLS, vmx_vmentry_ctrl(config))
-    write(vf.VIRTUAL_PROCESSOR_ID, vcpu.vpid)
+    """Give the vCPU a fresh VMCS, with the controls that its options and CPUID ask for."""
+    vcpu.vmcs = Vmcs(_control_fields(vcpu.options, vcpu.cpuid.features))
     set_guest_owned_bits(vcpu)
     vmx_update_exception_bitmap(vcpu)
+
+
+@lru_cache(maxsize=256)
+def _control_fields(options: KvmOptions, features: frozenset[str]) -> dict[int, int]:
+    """All VMCS fields, of which only controls are set."""
+    config = setup_vmcs_config(options)
+    vmcs = Vmcs()
+    vmcs.write(vf.PIN_BASED_VM_EXEC_CONTROL, vmx_pin_based_exec_ctrl(options, config))
+    vmcs.write(vf.CPU_BASED_VM_EXEC_CONTROL, vmx_exec_control(options, config))
+    vmcs.write(vf.SECONDARY_VM_EXEC_CONTROL, vmx_secondary_exec_control(options, config, features))
+    vmcs.write(vf.VM_EXIT_CONTROLS, vmx_vmexit_ctrl(config))
+    vmcs.write(vf.VM_ENTRY_CONTROLS, vmx_vmentry_ctrl(config))
+    vmcs.write(vf.VIRTUAL_PROCESSOR_ID, options.vpid)
+    return vmcs.values
 
 
 def load_registers(vcpu: Vcpu, case: Case) -> None:

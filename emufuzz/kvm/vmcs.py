@@ -61,6 +61,8 @@ def decode_field(encoding: int) -> FieldInfo:
 
 _MASKS: Final = {encoding: (1 << decode_field(encoding).bits) - 1 for encoding in FIELDS.values()}
 _READ_ONLY: Final = frozenset(code for code in FIELDS.values() if decode_field(code).type == TYPE_READ_ONLY)
+_WRITABLE: Final = {code: mask for code, mask in _MASKS.items() if code not in _READ_ONLY}
+_CLEAR: Final = {**dict.fromkeys(_MASKS, 0), VMCS_LINK_POINTER: (1 << 64) - 1}
 
 
 class Vmcs:
@@ -72,9 +74,8 @@ class Vmcs:
 
     __slots__ = ("values",)
 
-    def __init__(self) -> None:
-        self.values: dict[int, int] = dict.fromkeys(_MASKS, 0)
-        self.values[VMCS_LINK_POINTER] = (1 << 64) - 1
+    def __init__(self, values: dict[int, int] | None = None) -> None:
+        self.values: dict[int, int] = (values or _CLEAR).copy()
 
     def read(self, field: int) -> int:
         """The value of a field; VmcsError for an encoding without a field."""
@@ -85,11 +86,15 @@ class Vmcs:
 
     def write(self, field: int, value: int) -> None:
         """Store a value; VmcsError for an encoding without a field or for exit information."""
-        if field in _READ_ONLY:
+        mask = _WRITABLE.get(field)
+        if mask is not None:
+            self.values[field] = value & mask
+        elif field in _READ_ONLY:
             raise VmcsError(
                 VMXERR_VMWRITE_READ_ONLY_VMCS_COMPONENT, f"VMCS field {field_name(field)} is read-only"
             )
-        self.hw_write(field, value)
+        else:
+            self.hw_write(field, value)
 
     def hw_write(self, field: int, value: int) -> None:
         """Store a value into any field, as VM exits do."""
