@@ -112,7 +112,7 @@ def _lay(pages: dict[int, bytearray], addr: int, data: bytes) -> None:
 NO_MEMORY: Final = Memory()
 
 
-class Case(msgspec.Struct, frozen=True):
+class Case(msgspec.Struct, frozen=True, gc=False):
     """One machine state before an instruction (docs/case-format.md, Case).
 
     `gpr` has 16 values in VCPU_REGS_* order. `extra` holds the fields that only the KVM model
@@ -142,7 +142,7 @@ Fault: TypeAlias = tuple[int, int | None, int | None]
 Event: TypeAlias = tuple[Any, ...]
 
 
-class Outcome(msgspec.Struct):
+class Outcome(msgspec.Struct, gc=False):
     """One machine state after an instruction, from a subject or an oracle.
 
     `system` is the Case's own object when nothing in it changed. `pages` maps page numbers to

@@ -17,6 +17,7 @@ SLOT_SIZE: Final = 32
 _SLOT_MASK: Final = SLOT_SIZE - 1
 MAX_INSTRUCTION: Final = 15
 _HLT: Final = b"\xf4"
+_AFTER_CODE: Final = bytes(MAX_INSTRUCTION) + _HLT
 _HLT_PAGE: Final = _HLT * PAGE_SIZE
 
 
@@ -40,6 +41,15 @@ class CodeSlots:
             self._buffer[frame : frame + PAGE_SIZE] = _HLT_PAGE
         return frame
 
+    def use_fresh(self, address: int, frame: int, code: bytes) -> bool:
+        """Place `code` in a whole slot of the page at `frame`; False if the slot is not fresh."""
+        if address & _SLOT_MASK or address in self._translated:
+            return False
+        self._translated[address] = code
+        offset = frame + (address & PAGE_MASK)
+        self._buffer[offset : offset + MAX_INSTRUCTION + 1] = _exact_bytes(code)
+        return True
+
     def place(self, address: int, code: bytes) -> None:
         """Make `code` the contents of memory at `address`, in a page that `frame` has given.
 
@@ -48,8 +58,7 @@ class CodeSlots:
         """
         self.make_fresh(address, code)
         offset = self.frames[address >> PAGE_SHIFT] + (address & PAGE_MASK)
-        data = code[:MAX_INSTRUCTION].ljust(MAX_INSTRUCTION, b"\0") + _HLT
-        self._buffer[offset : offset + MAX_INSTRUCTION + 1] = data
+        self._buffer[offset : offset + MAX_INSTRUCTION + 1] = _exact_bytes(code)
 
     def holds(self, address: int, code: bytes) -> bool:
         """Whether exactly this code is in place already, its translation valid."""
@@ -84,3 +93,8 @@ class CodeSlots:
         """Forget all code pages."""
         self.flush()
         self.frames.clear()
+
+
+def _exact_bytes(code: bytes) -> bytes:
+    """As many bytes as an instruction may have, zeros where `code` is shorter, then HLT."""
+    return code[:MAX_INSTRUCTION] + _AFTER_CODE[min(len(code), MAX_INSTRUCTION) :]

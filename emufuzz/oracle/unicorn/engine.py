@@ -105,6 +105,7 @@ class Engine:
         emu_start = _prototype(library, "uc_emu_start", ctypes.c_int, pointer, u64, u64, u64, size)
         restore = _prototype(library, "uc_context_restore", ctypes.c_int, pointer, pointer)
         save = _prototype(library, "uc_context_save", ctypes.c_int, pointer, pointer)
+        self._control = _prototype(library, "uc_ctl", ctypes.c_int, pointer, ctypes.c_int)
         stop = _prototype(library, "uc_emu_stop", ctypes.c_int, pointer)
         self._hook_add = library["uc_hook_add"]
         self._context_free = _prototype(library, "uc_context_free", ctypes.c_int, pointer)
@@ -151,11 +152,11 @@ class Engine:
 
     def flush_translations(self) -> None:
         """Forget all translated code, and with it the look-up cache by address."""
-        self._library.uc_ctl(self.handle, _CTL_FLUSH_TB)
+        self._control(self.handle, _CTL_FLUSH_TB)
 
     def flush_tlb(self) -> None:
         """Forget all address translations."""
-        self._library.uc_ctl(self.handle, _CTL_FLUSH_TLB)
+        self._control(self.handle, _CTL_FLUSH_TLB)
 
     def hook_reads(self, first: int, last: int, callback: Callable[[], None]) -> None:
         """Call `callback()` for each data read of physical addresses `first` to `last`."""

@@ -8,7 +8,9 @@ the outcome shows.
 from __future__ import annotations
 
 import struct
-from typing import Final
+from typing import Any, Final
+
+import msgspec
 
 from emufuzz.arch.cr import (
     EFER_LMA,
@@ -186,44 +188,49 @@ def _get_fpu(state: memoryview, layout: Layout) -> Fpu:
     )
 
 
-def _changed_fpu(state: memoryview, image: bytes, layout: Layout, before: Fpu) -> Fpu:
-    place = slice(layout.fpstt, layout.xmm + 16 * 64)
-    return before if state[place] == image[place] else _get_fpu(state, layout)
-
-
 def read_system(state: memoryview, layout: Layout, template: Template) -> System:
     """The System after a run: the case's own object if nothing visible changed."""
     before, image = template.system, template.image
-    after = System(
-        seg=tuple(_changed_segment(state, image, layout, n, seg) for n, seg in enumerate(before.seg)),
-        gdtr=_changed_table(state, image, layout.gdtr, before.gdtr),
-        idtr=_changed_table(state, image, layout.idtr, before.idtr),
-        cr0=before.cr0 ^ _difference(state, image, layout.cr),
-        cr2=before.cr2,
-        cr3=before.cr3,
-        cr4=before.cr4 ^ _difference(state, image, layout.cr + 32),
-        cr8=before.cr8,
-        efer=before.efer ^ _difference(state, image, layout.efer),
-        xcr0=before.xcr0,
-        dr=struct.unpack_from("<8Q", state, layout.dr),
-        msr=before.msr,
-        fpu=_changed_fpu(state, image, layout, before.fpu),
-    )
+    changes: dict[str, Any] = {}
+    if _differs(state, image, layout.segs, 8 * _SEGMENT_SIZE):
+        segs = tuple(_changed_segment(state, image, layout, n, seg) for n, seg in enumerate(before.seg))
+        changes["seg"] = segs
+    if _differs(state, image, layout.gdtr, _SEGMENT_SIZE):
+        changes["gdtr"] = _table_register(state, layout.gdtr)
+    if _differs(state, image, layout.idtr, _SEGMENT_SIZE):
+        changes["idtr"] = _table_register(state, layout.idtr)
+    for name, offset in (("cr0", layout.cr), ("cr4", layout.cr + 32), ("efer", layout.efer)):
+        if _differs(state, image, offset, 8):
+            changes[name] = getattr(before, name) ^ _difference(state, image, offset)
+    if _differs(state, image, layout.dr, 64):
+        changes["dr"] = struct.unpack_from("<8Q", state, layout.dr)
+    if _differs(state, image, layout.fpstt, layout.xmm + 16 * 64 - layout.fpstt):
+        changes["fpu"] = _get_fpu(state, layout)
+    if not changes:
+        return before
+    after = msgspec.structs.replace(before, **changes)
     return before if after == before else after
+
+
+def paging_differs(state: memoryview, layout: Layout, image: bytes) -> bool:
+    """Whether a run changed a register that decides how addresses are translated."""
+    return _differs(state, image, layout.cr, 40) or _differs(state, image, layout.efer, 8)
+
+
+def _differs(state: memoryview, image: bytes, offset: int, size: int) -> bool:
+    return bytes(state[offset : offset + size]) != image[offset : offset + size]
 
 
 def _changed_segment(
     state: memoryview, image: bytes, layout: Layout, number: int, before: Segment
 ) -> Segment:
     offset = layout.segs + _SLOT[number] * _SEGMENT_SIZE
-    if state[offset : offset + _SEGMENT_SIZE] == image[offset : offset + _SEGMENT_SIZE]:
+    if bytes(state[offset : offset + _SEGMENT_SIZE]) == image[offset : offset + _SEGMENT_SIZE]:
         return before
     return _segment(state, offset)
 
 
-def _changed_table(state: memoryview, image: bytes, offset: int, before: TableRegister) -> TableRegister:
-    if state[offset : offset + _SEGMENT_SIZE] == image[offset : offset + _SEGMENT_SIZE]:
-        return before
+def _table_register(state: memoryview, offset: int) -> TableRegister:
     _, base, limit, _ = _SEGMENT.unpack_from(state, offset)
     return TableRegister(base, limit)
 

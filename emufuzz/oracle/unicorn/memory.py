@@ -8,6 +8,10 @@ tables of an `AddressSpace` serve three kinds of paging at once (SDM Vol. 3A 4.4
 
 Data pages are not executable, except in the exact mode of the oracle: a branch into data then
 ends in a #PF at its target, which is cheap, where translating the data would not be.
+
+Dirty bits tell which pages an instruction may have changed, so that the others need not be looked
+at. They are reset with the contents; the TLB, which does not set a dirty bit twice, must then be
+flushed.
 """
 
 from __future__ import annotations
@@ -26,15 +30,18 @@ PTE_ACCESSED: Final = 1 << 5
 PTE_DIRTY: Final = 1 << 6
 PTE_NX: Final = 1 << 63
 
-# Accessed and dirty are set beforehand, so that a walk writes nothing.
+# Accessed is set beforehand. The walk that first writes to a data page sets its dirty bit.
 CODE_PAGE: Final = PTE_PRESENT | PTE_USER | PTE_ACCESSED | PTE_DIRTY
-DATA_PAGE: Final = CODE_PAGE | PTE_WRITE | PTE_NX
-EXECUTABLE_DATA_PAGE: Final = CODE_PAGE | PTE_WRITE
+EXECUTABLE_DATA_PAGE: Final = PTE_PRESENT | PTE_WRITE | PTE_USER | PTE_ACCESSED
+DATA_PAGE: Final = EXECUTABLE_DATA_PAGE | PTE_NX
 _TABLE: Final = PTE_PRESENT | PTE_WRITE | PTE_USER | PTE_ACCESSED
 
 MEMORY_SIZE: Final = 48 << 20
 CODE_FRAMES: Final = range(PAGE_SIZE, 513 * PAGE_SIZE, PAGE_SIZE)
 _POOL: Final = CODE_FRAMES.stop
+
+#: Bytes between two page-table entries that are still looked at together.
+_SPAN_GAP: Final = 64
 
 #: Pages that one case may have: the rest of the buffer holds page tables.
 MAX_PAGES: Final = 2048
@@ -103,9 +110,15 @@ class AddressSpace:
         self.cr3_pae = self._table(3, 0)
         self._cr3_la57 = 0
         pool.buffer[self.first : self.last] = self.original
+        #: Place of the page-table entry, physical address, page number and contents of each page.
+        self._pages: list[tuple[int, int, int, bytes]] = []
         for index, number in enumerate(self.numbers):
-            self._map(number, self.first + index * PAGE_SIZE | data_attributes)
+            frame = self.first + index * PAGE_SIZE
+            self._map(number, frame | data_attributes)
+            entry = self._table(1, number >> 9) + (number & 511) * 8
+            self._pages.append((entry, frame, number, pages[number]))
         self._link_root()
+        self._watch()
 
     def _table(self, level: int, prefix: int) -> int:
         """The table of `level` (1 = of pages) for addresses that start with `prefix`."""
@@ -133,17 +146,39 @@ class AddressSpace:
                 self._put(fourth, prefix, address | _TABLE)
                 self._put(self._cr3_la57, prefix >> 9, fourth | _TABLE)
 
+    def _watch(self) -> None:
+        """Note what the entries of all pages look like while nothing is written to."""
+        buffer = self._pool.buffer
+        places = sorted(page[0] for page in self._pages)
+        spans: list[tuple[int, int]] = []
+        for place in places:
+            if spans and place - spans[-1][1] <= _SPAN_GAP:
+                spans[-1] = (spans[-1][0], place + 8)
+            else:
+                spans.append((place, place + 8))
+        self._spans = [(start, end, buffer[start:end]) for start, end in spans]
+        self.entries_start, self.entries_end, self.clean = self._spans.pop(0) if spans else (0, 0, b"")
+
+    def written(self) -> bool:
+        """Whether a page may have been written to since `changed_pages`, judging by its dirty bit."""
+        buffer = self._pool.buffer
+        if buffer[self.entries_start : self.entries_end] != self.clean:
+            return True
+        return any(buffer[start:end] != clean for start, end, clean in self._spans)
+
     def map_code(self, number: int, frame: int) -> None:
         """Add a code page, executable and read-only; no TLB remembers that it was absent."""
         self._map(number, frame | CODE_PAGE)
         self._link_root()
         self.code[number] = frame
+        self._watch()
 
     def protect(self, numbers: Iterable[int]) -> None:
         """Make pages of this space read-only and executable."""
         for number in numbers:
             index = self.numbers.index(number)
             self._map(number, self.first + index * PAGE_SIZE | CODE_PAGE)
+        self._watch()
 
     def cr3_la57(self) -> int:
         """Root of 5-level paging."""
@@ -153,14 +188,20 @@ class AddressSpace:
         return self._cr3_la57
 
     def changed_pages(self) -> dict[int, bytes]:
-        """Page number -> new contents of each changed page; the pages get their contents back."""
-        buffer, original = self._pool.buffer, self.original
+        """Page number -> new contents of each changed page.
+
+        The pages get back their contents and clean entries; the TLB must be flushed.
+        """
+        buffer = self._pool.buffer
         pages: dict[int, bytes] = {}
-        for index, number in enumerate(self.numbers):
-            start = self.first + index * PAGE_SIZE
-            old = original[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
-            new = buffer[start : start + PAGE_SIZE]
+        for place, start, number, old in self._pages:
+            entry = buffer[place]
+            if not entry & PTE_DIRTY:
+                continue
+            buffer[place] = entry & ~PTE_DIRTY
+            end = start + PAGE_SIZE
+            new = buffer[start:end]
             if new != old:
                 pages[number] = new
-                buffer[start : start + PAGE_SIZE] = old
+                buffer[start:end] = old
         return pages

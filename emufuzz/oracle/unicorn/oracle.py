@@ -13,6 +13,7 @@ that has exactly the case's pages, code pages read-only.
 from __future__ import annotations
 
 import ctypes
+import re
 import struct
 import time
 from collections.abc import Sequence
@@ -59,7 +60,13 @@ from emufuzz.oracle.unicorn.engine import (
 )
 from emufuzz.oracle.unicorn.gaps import UNICORN_GAPS
 from emufuzz.oracle.unicorn.gaps_corner import CORNER_GAPS
-from emufuzz.oracle.unicorn.image import CS_BASE_OFFSET, HF_INHIBIT_IRQ, Template, read_system
+from emufuzz.oracle.unicorn.image import (
+    CS_BASE_OFFSET,
+    HF_INHIBIT_IRQ,
+    Template,
+    paging_differs,
+    read_system,
+)
 from emufuzz.oracle.unicorn.layout import probe
 from emufuzz.oracle.unicorn.memory import (
     CODE_FRAMES,
@@ -70,7 +77,13 @@ from emufuzz.oracle.unicorn.memory import (
     FramePool,
     MemoryFullError,
 )
-from emufuzz.oracle.unicorn.prefixes import RepString, aborts_unicorn, makes_shadow, rep_string
+from emufuzz.oracle.unicorn.prefixes import (
+    GAP_ABORT,
+    RepString,
+    makes_shadow,
+    rep_string,
+    unicorn_must_not_run,
+)
 from emufuzz.oracle.unicorn.selftest import GAP_CODE_PAGE_WRITE, self_test
 
 #: Unicorn gave up for a reason that is not an exception of the guest.
@@ -78,13 +91,14 @@ GAP_ENGINE_ERROR: Final = "unicorn-engine-error"
 
 #: Code that runs over the end of the address space: Unicorn may never come back.
 GAP_WRAP: Final = "unicorn-code-wrap"
-#: Unicorn would end the process.
-GAP_ABORT: Final = "unicorn-lock-bit-register"
-
 _HAS_ERROR_CODE: Final = frozenset(
     (DF_VECTOR, TS_VECTOR, NP_VECTOR, SS_VECTOR, GP_VECTOR, PF_VECTOR, AC_VECTOR)
 )
 _REGISTERS: Final = struct.Struct("<18Q")
+#: error_code and exception_is_int.
+_PENDING: Final = struct.Struct("<2i")
+#: An opcode byte without which the FPU and vector registers stay as they are.
+_MAY_TOUCH_FPU: Final = re.compile(rb"[\x0f\x9b\xd8-\xdf]").search
 _SHADOW_MOV_SS: Final = 1
 _SHADOW_STI: Final = 2
 _STI: Final = 0xFB
@@ -112,20 +126,27 @@ class UnicornOracle:
         self._pool = FramePool(engine.buffer)
         self._read_code = False
         engine.hook_reads(CODE_FRAMES.start, CODE_FRAMES.stop - 1, self._on_code_read)
-        # What ordinary instructions leave alone: hflags up to the pending exception.
-        size = layout.error_code - layout.hflags
-        self._system_slice = slice(layout.hflags, layout.error_code)
-        self._system_bytes = (ctypes.c_char * size).from_address(engine.state_address + layout.hflags)
+        # What ordinary instructions leave alone: hflags up to the pending exception, in two parts,
+        # of which the larger one, from the FPU on, is looked at only when it may have changed.
+        self._control = self._view(layout.hflags, layout.fpstt)
+        self._fpu = self._view(layout.fpstt, layout.error_code)
         self._templates: dict[tuple[int, str], Template] = {}
         self._spaces: dict[int, tuple[Memory, AddressSpace]] = {}
         self._template: Template | None = None
         self._memory: Memory | None = None
         self._space = AddressSpace(self._pool, {})
         self._image = b""
-        self._system_before = b""
+        self._control_before = b""
+        self._fpu_before = b""
         self._cr3 = 0
+        #: How many runs needed the exact mode.
+        self.exact_runs = 0
 
         self_test(self)
+
+    def _view(self, start: int, end: int) -> ctypes.Array[ctypes.c_char]:
+        """A part of the saved state, to be copied by its `raw`."""
+        return (ctypes.c_char * (end - start)).from_address(self._engine.state_address + start)
 
     def _on_code_read(self) -> None:
         self._read_code = True
@@ -148,9 +169,16 @@ class UnicornOracle:
         return [self._run(case) for case in batch]
 
     def _run(self, case: Case) -> Outcome:
+        """One case, in the fast mode if that can run it.
+
+        The way of an instruction that completes and changes only GPRs and memory is written out
+        here: one call of Unicorn takes hardly longer than all that Python does around it.
+        """
         code = case.code
-        if b"\xf0" in code and aborts_unicorn(code, case.mode):
-            return _not_run(case, GAP_ABORT, (UD_VECTOR, None, None))
+        if b"\xf0" in code or b"\x0f\x23" in code:
+            gap = unicorn_must_not_run(code, case.mode)
+            if gap:
+                return _not_run(case, gap, (UD_VECTOR, None, None) if gap == GAP_ABORT else None)
         template = self._prepare(case)
         if template is None:
             return self._run_exact(case, self._use_template(case.system, case.mode))
@@ -161,15 +189,68 @@ class UnicornOracle:
         engine = self._engine
         engine.vector = NO_VECTOR
         self._read_code = False
-        state, handle, context = engine.state, engine.handle, engine.context
+        rip, masked, state = case.rip, template.masked_flags, engine.state
         state[:] = self._image
-        _REGISTERS.pack_into(state, 0, *case.gpr, case.rip, case.rflags & ~template.masked_flags)
+        _REGISTERS.pack_into(state, 0, *case.gpr, rip, case.rflags & ~masked)
+        handle, context = engine.handle, engine.context
         self._restore(handle, context)
-        error = self._start(handle, case.rip, NO_UNTIL, 0, 1)
+        error = self._start(handle, rip, NO_UNTIL, 0, 1)
         self._save(handle, context)
         if error or engine.vector != NO_VECTOR or self._read_code:
-            return self._finished(case, template, error, None)
-        return self._completed(case, template, None)
+            return self._plain_fault(case, error) or self._finished(case, template, error, None)
+        if self._control.raw != self._control_before or (_MAY_TOUCH_FPU(code) and self._fpu_changed()):
+            return self._completed(case, template, None)
+        registers = _REGISTERS.unpack_from(state)
+        next_rip = registers[16]
+        flags = registers[17] & ~masked | case.rflags & masked & ~X86_EFLAGS_RF
+        outcome = Outcome(case.id, registers[:16], next_rip, flags, case.system)
+        if not 0 <= next_rip - rip <= MAX_INSTRUCTION:
+            self._branched_to(template, case.system, next_rip)
+        if self._space.written():
+            outcome.pages = self._changed_pages()
+        return outcome
+
+    def _plain_fault(self, case: Case, error: int) -> Outcome | None:
+        """The outcome of an instruction whose exception left the system state alone, as most do.
+
+        None if it is anything else: a software interrupt, a trap, an access to the code page.
+        """
+        engine, layout = self._engine, self._layout
+        state = engine.state
+        vector = UD_VECTOR if error == UC_ERR_INSN_INVALID else engine.vector
+        cr2 = slice(layout.cr + 16, layout.cr + 24)
+        address, state[cr2] = int.from_bytes(state[cr2], "little"), self._image[cr2]
+        code, is_int = _PENDING.unpack_from(state, layout.error_code)
+        registers = _REGISTERS.unpack_from(state)
+        if (
+            self._read_code
+            or vector in {NO_VECTOR, DB_VECTOR}
+            or is_int
+            or registers[16] != case.rip
+            or (vector == PF_VECTOR and code & PFERR_PRESENT)
+            or self._control.raw != self._control_before
+            or self._fpu_changed()
+        ):
+            state[cr2] = address.to_bytes(8, "little")
+            return None
+        outcome = Outcome(case.id, registers[:16], case.rip, case.rflags, case.system, "propagate_fault")
+        if vector == PF_VECTOR:
+            if not case.system.efer & EFER_NX and not case.system.cr4 & X86_CR4_SMEP:
+                code &= ~PFERR_FETCH
+            outcome.exception = (vector, code, address)
+        else:
+            outcome.exception = (vector, code if vector in _HAS_ERROR_CODE else None, None)
+        if self._space.written():
+            outcome.pages = self._changed_pages()
+        return outcome
+
+    def _fpu_changed(self) -> bool:
+        return self._fpu.raw != self._fpu_before
+
+    def _branched_to(self, template: Template, system: System, rip: int) -> None:
+        """Unicorn has translated what lies at a branch target, too."""
+        base = 0 if template.mode == "prot64" else system.seg[VCPU_SREG_CS].base
+        self._code.branched_to(base + rip & template.address_mask)
 
     def _finished(self, case: Case, template: Template, error: int, rep: RepString | None) -> Outcome:
         """The outcome of a run in the fast mode, or of another one in the exact mode."""
@@ -181,37 +262,54 @@ class UnicornOracle:
         return self._faulted(case, template, error, rep)
 
     def raw_starts(self, batch: Sequence[Case]) -> float:
-        """Seconds that uc_emu_start alone takes for a batch, each case on a freshly flushed engine's slots.
+        """Seconds that the calls of uc_emu_start alone take for a batch, each case in a fresh slot.
 
-        The yardstick of benchmarks: every case is prepared as in `run`, but only the one foreign
-        call is timed, and its results are thrown away. Cases that need the exact mode count as
-        they run in the fast one; those that the fast mode cannot place are left out.
+        The yardstick of benchmarks: every case is prepared as in `run`, and as many instructions
+        are run, but only the foreign calls are timed, and their results are thrown away. A case
+        that needs the exact mode counts as it runs in the fast one; one that the fast mode cannot
+        place, or that is never run, counts as the average of the others.
         """
         self._code.flush()
-        clock, start, handle = time.perf_counter, self._engine.raw_emu_start, self._engine.handle
-        total = 0.0
+        total, timed = 0.0, 0
         for case in batch:
-            template = self._prepare(case)
+            template = None if unicorn_must_not_run(case.code, case.mode) else self._prepare(case)
             if template is None:
                 continue
-            self._load(case, template.masked_flags)
-            self._engine.restore()
-            before = clock()
-            start(handle, case.rip, NO_UNTIL, 0, 1)
-            total += clock() - before
+            total += self._timed_starts(case, template)
+            timed += 1
             self._restore_memory()
-        return total
+        return total * len(batch) / timed if timed else 0.0
+
+    def _timed_starts(self, case: Case, template: Template) -> float:
+        rep = rep_string(case.code, case.mode, case.system.seg[VCPU_SREG_CS].db)
+        self._load(case, template.masked_flags | (X86_EFLAGS_TF if rep else 0))
+        self._engine.restore()
+        clock, start, handle = time.perf_counter, self._engine.raw_emu_start, self._engine.handle
+        if rep is None or not rep.comparing:
+            count = rep.iterations(case.gpr[VCPU_REGS_RCX]) if rep else 1
+            before = clock()
+            start(handle, case.rip, NO_UNTIL, 0, count)
+            return clock() - before
+        before = clock()
+        self._compare_strings(case, rep)
+        return clock() - before
 
     def _prepare(self, case: Case) -> Template | None:
         """Select template, memory and code slot; None if the fast mode cannot run the case."""
         template = self._template
         if template is None or case.system is not template.system or case.mode != template.mode:
-            template = self._use_template(case.system, case.mode)
-        if case.mem is not self._memory:
+            template = self._use_template(case.system, case.mode, case.mem)
+        elif case.mem is not self._memory:
             self._use_memory(case.mem)
+            self._compose(template)
         address = (template.code_base + case.rip) & template.address_mask
-        ready = address >> PAGE_SHIFT in self._space.code and self._code.holds(address, case.code)
-        return template if ready or self._place(case, address) else None
+        frame = self._space.code.get(address >> PAGE_SHIFT)
+        code = self._code
+        if frame is not None and (
+            code.use_fresh(address, frame, case.code) or code.holds(address, case.code)
+        ):
+            return template
+        return template if self._place(case, address) else None
 
     def _load(self, case: Case, masked: int) -> None:
         """Fill the saved context with the state of a case."""
@@ -219,8 +317,11 @@ class UnicornOracle:
         state[:] = self._image
         _REGISTERS.pack_into(state, 0, *case.gpr, case.rip, case.rflags & ~masked)
 
-    def _use_template(self, system: System, mode: str) -> Template:
-        """Make the image of (system, mode) the current one; equal objects share it by identity."""
+    def _use_template(self, system: System, mode: str, memory: Memory | None = None) -> Template:
+        """Make the image of (system, mode) the current one, and `memory`, if given, the memory.
+
+        Equal objects share an image by identity.
+        """
         key = (id(system), mode)
         template = self._templates.get(key)
         if template is None:
@@ -229,6 +330,8 @@ class UnicornOracle:
             template = Template(self._layout, self._pristine, system, mode)
             self._templates[key] = template
         self._template = template
+        if memory is not None and memory is not self._memory:
+            self._use_memory(memory)
         self._compose(template)
         return template
 
@@ -240,8 +343,6 @@ class UnicornOracle:
             self._spaces[id(memory)] = known
         self._memory = memory
         self._space = known[1]
-        if self._template is not None:
-            self._compose(self._template)
 
     def _build_space(self, pages: dict[int, bytes]) -> AddressSpace:
         try:
@@ -258,9 +359,10 @@ class UnicornOracle:
         if cr3 != self._cr3:
             self._engine.flush_tlb()
             self._cr3 = cr3
-        place = self._layout.cr + 24
-        self._image = template.image[:place] + cr3.to_bytes(8, "little") + template.image[place + 8 :]
-        self._system_before = self._image[self._system_slice]
+        place, layout = self._layout.cr + 24, self._layout
+        self._image = image = template.image[:place] + cr3.to_bytes(8, "little") + template.image[place + 8 :]
+        self._control_before = image[layout.hflags : layout.fpstt]
+        self._fpu_before = image[layout.fpstt : layout.error_code]
 
     def _place(self, case: Case, address: int) -> bool:
         """Put the code where the fast mode can run it; False if the fast mode cannot."""
@@ -288,6 +390,8 @@ class UnicornOracle:
         memory, self._memory = self._memory, None
         if memory is not None:
             self._use_memory(memory)
+            if self._template is not None:
+                self._compose(self._template)
 
     def _execute(self, case: Case, template: Template, rep: RepString | None) -> int:
         """Load the state, run the instruction, save the state; gives a UC_ERR_* value."""
@@ -333,16 +437,16 @@ class UnicornOracle:
         masked = template.masked_flags
         rflags = rflags & ~masked | case.rflags & masked & ~X86_EFLAGS_RF
         outcome = Outcome(case.id, registers[:16], rip, rflags, case.system)
-        if self._system_bytes.raw != self._system_before:
+        if self._control.raw != self._control_before or self._fpu_changed():
             self._read_system(case, template, outcome)
-            # It may have changed paging; the next restore puts that back, but not the TLB.
-            self._engine.flush_tlb()
+            if paging_differs(self._engine.state, self._layout, self._image):
+                # The next restore puts that back, but not the TLB.
+                self._engine.flush_tlb()
         if not 0 <= rip - case.rip <= MAX_INSTRUCTION:
-            base = 0 if template.mode == "prot64" else outcome.system.seg[VCPU_SREG_CS].base
-            self._code.branched_to(base + rip & template.address_mask)
+            self._branched_to(template, outcome.system, rip)
         space = self._space
-        if self._engine.buffer[space.first : space.last] != space.original:
-            outcome.pages = space.changed_pages()
+        if space.written():
+            outcome.pages = self._changed_pages()
         if rep is not None:
             # TF was hidden from the iterations; RF is set at KVM's stopping point.
             outcome.rflags |= case.rflags & X86_EFLAGS_TF | (X86_EFLAGS_RF if rip == case.rip else 0)
@@ -367,9 +471,12 @@ class UnicornOracle:
         return int(struct.unpack_from("<i", self._engine.state, self._layout.error_code)[0])
 
     def _restore_memory(self) -> None:
-        space = self._space
-        if self._engine.buffer[space.first : space.last] != space.original:
-            space.changed_pages()
+        if self._space.written():
+            self._changed_pages()
+
+    def _changed_pages(self) -> dict[int, bytes]:
+        self._engine.flush_tlb()
+        return self._space.changed_pages()
 
     def _faulted(self, case: Case, template: Template, error: int, rep: RepString | None) -> Outcome:
         """The outcome of a run that ended with an exception or an error of Unicorn."""
@@ -413,7 +520,12 @@ class UnicornOracle:
         return vector, code, cr2
 
     def _run_exact(self, case: Case, template: Template) -> Outcome:
-        """Run a case with exactly its own pages, whatever it costs."""
+        """Run a case with exactly its own pages, whatever it costs.
+
+        Its frames hold no translated code: every run here ends with a flush, and the new page
+        tables make Unicorn forget which code it found at an address.
+        """
+        self.exact_runs += 1
         if code_address(case) + MAX_INSTRUCTION > template.address_mask:
             return _not_run(case, GAP_WRAP, None)
         pages = case_pages(case)
@@ -427,7 +539,6 @@ class UnicornOracle:
         address = code_address(case)
         space.protect(range(address >> PAGE_SHIFT, (address + max(len(case.code), 1) - 1 >> PAGE_SHIFT) + 1))
         shared, self._space = self._space, space
-        self._code.flush()
         self._cr3 = 0
         self._compose(template)
         try:

@@ -13,9 +13,15 @@ from typing import Final
 
 _STRING_OPCODES: Final = frozenset((*range(0x6C, 0x70), *range(0xA4, 0xA8), *range(0xAA, 0xB0)))
 _COMPARING: Final = frozenset((0xA6, 0xA7, 0xAE, 0xAF))
-_PREFIXES: Final = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
+_PREFIXES: Final = bytes((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
+_PREFIXES_64: Final = _PREFIXES + bytes(range(0x40, 0x50))
 _BIT_OPCODES: Final = frozenset((0xA3, 0xAB, 0xB3, 0xBB))
 _ROUND: Final = 1024
+
+#: Unicorn would end the process.
+GAP_ABORT: Final = "unicorn-lock-bit-register"
+#: Breakpoints would outlive the case.
+GAP_DEBUG_REGISTER: Final = "unicorn-dr-validity"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +45,8 @@ class RepString:
 
 def split_prefixes(code: bytes, mode: str) -> tuple[bytes, bytes]:
     """The prefixes of an instruction (REX included) and the rest of the code."""
-    for place, byte in enumerate(code):
-        if byte not in _PREFIXES and not (mode == "prot64" and byte & 0xF0 == 0x40):
-            return code[:place], code[place:]
-    return code, b""
+    rest = code.lstrip(_PREFIXES_64 if mode == "prot64" else _PREFIXES)
+    return code[: len(code) - len(rest)], rest
 
 
 def rep_string(code: bytes, mode: str, cs_db: int) -> RepString | None:
@@ -58,12 +62,21 @@ def rep_string(code: bytes, mode: str, cs_db: int) -> RepString | None:
     return RepString(rest[0] in _COMPARING, count_mask)
 
 
-def aborts_unicorn(code: bytes, mode: str) -> bool:
-    """LOCK BT, BTS, BTR or BTC of a register: Unicorn's translator ends the process over it."""
+def unicorn_must_not_run(code: bytes, mode: str) -> str:
+    """The id of the gap because of which Unicorn is not asked at all, or an empty string.
+
+    LOCK BT, BTS, BTR and BTC of a register make its translator end the process. MOV to a debug
+    register sets breakpoints that no restored state takes back, and a later run may never return.
+    """
+    if b"\xf0" not in code and b"\x0f\x23" not in code:
+        return ""
     prefixes, rest = split_prefixes(code, mode)
+    if rest[:2] == b"\x0f\x23":
+        return GAP_DEBUG_REGISTER
     if 0xF0 not in prefixes or len(rest) < 3 or rest[0] != 0x0F or rest[2] < 0xC0:
-        return False
-    return rest[1] in _BIT_OPCODES or (rest[1] == 0xBA and rest[2] & 0x38 >= 0x20)
+        return ""
+    bits = rest[1] in _BIT_OPCODES or (rest[1] == 0xBA and rest[2] & 0x38 >= 0x20)
+    return GAP_ABORT if bits else ""
 
 
 def makes_shadow(code: bytes, mode: str) -> bool:

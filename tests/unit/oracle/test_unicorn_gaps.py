@@ -69,7 +69,7 @@ PROOFS = (
     ),
     Proof("syscall", "prot32", "0f34", completes),
     Proof("vex", "prot64", "c5f858c1", completes),
-    Proof("dr-validity", "prot64", "0f23f8", completes, {0: 1 << 40}),
+    Proof("dr-validity", "prot64", "0f21f8", completes, {}, {"dr7": 0x2400}),
     Proof("virtualization", "prot32", "0f01c1", undefined),
     Proof("lock-neg-flags", "prot32", "f0f71e", lambda _c, o: not o.rflags & 0x80, {6: 0x8000}),
     Proof("shld16-count", "prot32", "660fa4d81f", gpr_is(0, 0x891A), {0: 0x1234, 3: 0xABCD}),
@@ -102,14 +102,15 @@ PROOFS = (
 
 def build(proof: Proof, make: Callable[..., Case]) -> Case:
     options = dict(proof.options)
-    limit, gs_base = options.pop("limit", None), options.pop("gs", None)
+    limit, gs_base, dr7 = options.pop("limit", None), options.pop("gs", None), options.pop("dr7", 0)
     case = make(proof.mode, proof.code + str(options.pop("disp", "")), proof.gpr, **options)
     seg = list(case.system.seg)
     if limit is not None:
         seg[3] = msgspec.structs.replace(seg[3], limit=limit, g=0)
     if gs_base is not None:
         seg[5] = msgspec.structs.replace(seg[5], base=gs_base)
-    return msgspec.structs.replace(case, system=msgspec.structs.replace(case.system, seg=tuple(seg)))
+    dr = (*case.system.dr[:7], dr7 or case.system.dr[7])
+    return msgspec.structs.replace(case, system=msgspec.structs.replace(case.system, seg=tuple(seg), dr=dr))
 
 
 @pytest.mark.parametrize("proof", PROOFS, ids=lambda proof: f"{proof.gap}-{proof.code}")
@@ -118,6 +119,14 @@ def test_gap_is_still_there_and_known(oracle, case, proof):
     outcome = oracle.run([built])[0]
     assert proof.wrong(built, outcome), outcome
     assert f"unicorn-{proof.gap}" in {gap for _, gap in oracle.unchecked(built, outcome)}
+
+
+def test_a_move_to_a_debug_register_is_not_run(oracle, case):
+    """Its breakpoints would outlive it, and a later run might never return."""
+    built = case("prot64", "0f23f8", {0: 0x401})
+    outcome = oracle.run([built])[0]
+    assert (outcome.rip, outcome.exception) == (built.rip, None)
+    assert outcome.unchecked == (("all", "unicorn-dr-validity"),)
 
 
 def test_every_gap_has_a_proof():
