@@ -146,7 +146,7 @@ def _decode_prefixes(ctxt: X86EmulateCtxt) -> tuple[int, bool]:
         elif mode == X86EMUL_MODE_PROT16:
             op_bytes = ad_bytes = 2
         else:
-            # KVM deviation: a cached CS.D makes real-mode code 32-bit (SDM Vol. 3A 20.1.1).
+            # KVM deviation: a cached CS.D makes real-mode code 32-bit (SDM Vol. 3B 21.1.1).
             op_bytes = ad_bytes = 4 if ctxt.ops.get_segment(ctxt, VCPU_SREG_CS).desc.d else 2
     ctxt.op_bytes = op_bytes
     ctxt.ad_bytes = ad_bytes

@@ -1,4 +1,4 @@
-"""Far transfers, real-mode interrupts, fast system calls (SDM Vol. 2, Vol. 3A 5.8, 20.1.4).
+"""Far transfers, real-mode interrupts, fast system calls (SDM Vol. 2, Vol. 3A 5.8, Vol. 3B 21.1.4).
 
 emulate.c: em_jmp_far, em_call_far, em_ret_far, emulate_int, em_iret, em_syscall, em_sysenter,
 em_sysexit, em_rsm.
@@ -145,7 +145,7 @@ def _emulate_int_real(ctxt: X86EmulateCtxt, irq: int) -> int:
     """Deliver an interrupt through the real-mode IVT (KVM: __emulate_int_real).
 
     KVM deviation: the frame has operand size, so 66 makes it 32-bit, and the limit of IDTR is
-    not checked (SDM Vol. 3A 20.1.4).
+    not checked (SDM Vol. 3B 21.1.4).
     """
     rc = emulate_push(ctxt, ctxt.eflags, ctxt.op_bytes)
     if rc != X86EMUL_CONTINUE:

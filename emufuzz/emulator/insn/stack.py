@@ -116,7 +116,7 @@ def em_popf(ctxt: X86EmulateCtxt) -> int:
     """POPF/POPFD/POPFQ (SDM Vol. 2B POPF).
 
     KVM deviation: in virtual-8086 mode IOPL is looked at only after the stack was read; CR4.VME
-    and CR4.PVI with VIF and VIP are not known (SDM Vol. 3B 21.3.3.4).
+    and CR4.PVI with VIF and VIP are not known (SDM Vol. 3B 21.3.3).
     """
     dst = ctxt.dst
     dst.type = OPERAND_REG
