@@ -211,7 +211,8 @@ def render() -> str:
         "| rule | who is right | what |\n|---|---|---|",
         *(f"| {rule} | {right} | {what} |" for rule, (right, what) in tables.DECODER_DISAGREEMENTS.items()),
         "\n## Branches that are never taken\n",
-        "The vectors and tests take every branch of `emufuzz/emulator/` but these:\n",
+        "The vectors and tests take every branch of `emufuzz/emulator/` but these (`coverage run --branch",
+        "--source=emufuzz/emulator -m pytest tests/vectors tests/unit/emulator tests/tables tests/property`):\n",
         *(f"* `{name}`: {why}" for name, why in tables.UNREACHABLE.items()),
     ]
     return "\n".join(parts) + "\n"

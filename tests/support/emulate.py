@@ -14,6 +14,8 @@ from emufuzz.case.model import Case, Outcome, Segment, TableRegister, case_pages
 from emufuzz.subject.flat import FlatSubject
 
 UD, GP, PF, SS, NP, TS = (6, None, None), (13, 0, None), 14, (12, 0, None), 11, 10
+#: Members of the machine state that `run` takes by name.
+STATE = (*SREG_NAMES, "gdtr", "idtr", "cr0", "cr2", "cr3", "cr4", "cr8", "efer", "xcr0", "dr", "msr", "fpu")
 FLAT = FlatSubject()
 
 
@@ -96,14 +98,6 @@ def run(
     return Run(
         msgspec.structs.replace(case, extra=extra, vendor=vendor, port_in=port_in, emul_type=emul_type)
     )
-
-
-STATE = (*SREG_NAMES, "gdtr", "idtr", "cr0", "cr2", "cr3", "cr4", "cr8", "efer", "xcr0", "dr", "msr", "fpu")
-
-
-def usual(mode: str, cpl: int | None = None) -> Outcome:
-    """The machine state that `run` starts from."""
-    return build_system(mode, cpl)
 
 
 def segment(mode: str, name: str, cpl: int | None = None, **changes: int) -> Segment:
