@@ -212,7 +212,7 @@ def render() -> str:
         *(f"| {rule} | {right} | {what} |" for rule, (right, what) in tables.DECODER_DISAGREEMENTS.items()),
         "\n## Branches that are never taken\n",
         "The vectors and tests take every branch of `emufuzz/emulator/` but these (`coverage run --branch",
-        "--source=emufuzz/emulator -m pytest tests/vectors tests/unit/emulator tests/tables tests/property`):\n",
+        "--source=emufuzz/emulator -m pytest tests/{vectors,tables,property,unit/emulator}`):\n",
         *(f"* `{name}`: {why}" for name, why in tables.UNREACHABLE.items()),
     ]
     return "\n".join(parts) + "\n"

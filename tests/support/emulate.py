@@ -10,7 +10,7 @@ import msgspec
 from emufuzz.arch.descriptors import DescStruct
 from emufuzz.arch.regs import GPR_NAMES, SREG_NAMES
 from emufuzz.case.build import GDT_BASE, build_case, build_system
-from emufuzz.case.model import Case, Outcome, Segment, TableRegister, case_pages
+from emufuzz.case.model import Case, Segment, TableRegister, case_pages
 from emufuzz.subject.flat import FlatSubject
 
 UD, GP, PF, SS, NP, TS = (6, None, None), (13, 0, None), 14, (12, 0, None), 11, 10
