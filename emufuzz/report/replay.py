@@ -116,12 +116,12 @@ def _raised(text: str) -> str:
 
 def reason_text(reason: str) -> str:
     """What the id of a gap or quirk stands for; several ids are joined by `+`."""
-    known = {quirk.id: quirk.reference for quirk in QUIRKS}
+    known = {quirk.id: f"{quirk.kvm} ({quirk.reference})" for quirk in QUIRKS}
     if reason.startswith("subject-"):
         return reason
-    from emufuzz.oracle.unicorn.gaps import UNICORN_GAPS  # noqa: PLC0415 - only with differences to explain
+    from emufuzz.oracle.unicorn.ledger import REASONS  # noqa: PLC0415 - only with differences to explain
 
-    known |= {gap.id: gap.reason for gap in UNICORN_GAPS}
+    known |= REASONS
     return "; ".join(f"{part}: {known[part]}" if part in known else part for part in reason.split("+"))
 
 

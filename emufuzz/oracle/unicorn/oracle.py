@@ -12,10 +12,8 @@ that has exactly the case's pages, code pages read-only.
 
 from __future__ import annotations
 
-import ctypes
 import re
 import struct
-import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -33,48 +31,37 @@ from emufuzz.arch.exceptions import (
     TS_VECTOR,
     UD_VECTOR,
 )
-from emufuzz.arch.regs import VCPU_REGS_RCX, VCPU_SREG_CS
+from emufuzz.arch.regs import VCPU_SREG_CS
 from emufuzz.arch.rflags import X86_EFLAGS_RF, X86_EFLAGS_TF
 from emufuzz.case.errors import UnsupportedCaseError
 from emufuzz.case.model import (
-    PAGE_MASK,
     PAGE_SHIFT,
-    PAGE_SIZE,
     Case,
     Fault,
-    Memory,
     Outcome,
-    System,
     case_pages,
     code_address,
 )
 from emufuzz.oracle.gaps import find_gaps
-from emufuzz.oracle.unicorn.code import MAX_INSTRUCTION, CodeSlots
+from emufuzz.oracle.unicorn.code import MAX_INSTRUCTION
 from emufuzz.oracle.unicorn.engine import (
     NO_UNTIL,
     NO_VECTOR,
     UC_ERR_INSN_INVALID,
-    UC_ERR_OK,
     UNICORN_VERSION,
-    Engine,
 )
-from emufuzz.oracle.unicorn.gaps import UNICORN_GAPS
-from emufuzz.oracle.unicorn.gaps_corner import CORNER_GAPS
 from emufuzz.oracle.unicorn.image import (
-    CS_BASE_OFFSET,
     HF_INHIBIT_IRQ,
     Template,
     paging_differs,
     read_system,
 )
-from emufuzz.oracle.unicorn.layout import probe
+from emufuzz.oracle.unicorn.ledger import LEDGER
+from emufuzz.oracle.unicorn.machine import REGISTERS, UnicornMachine
 from emufuzz.oracle.unicorn.memory import (
-    CODE_FRAMES,
     EXECUTABLE_DATA_PAGE,
     MAX_PAGES,
-    MEMORY_SIZE,
     AddressSpace,
-    FramePool,
     MemoryFullError,
 )
 from emufuzz.oracle.unicorn.prefixes import (
@@ -94,7 +81,6 @@ GAP_WRAP: Final = "unicorn-code-wrap"
 _HAS_ERROR_CODE: Final = frozenset(
     (DF_VECTOR, TS_VECTOR, NP_VECTOR, SS_VECTOR, GP_VECTOR, PF_VECTOR, AC_VECTOR)
 )
-_REGISTERS: Final = struct.Struct("<18Q")
 #: error_code and exception_is_int.
 _PENDING: Final = struct.Struct("<2i")
 #: An opcode byte without which the FPU and vector registers stay as they are.
@@ -102,54 +88,21 @@ _MAY_TOUCH_FPU: Final = re.compile(rb"[\x0f\x9b\xd8-\xdf]").search
 _SHADOW_MOV_SS: Final = 1
 _SHADOW_STI: Final = 2
 _STI: Final = 0xFB
-_LAST_FAST_OFFSET: Final = PAGE_SIZE - MAX_INSTRUCTION - 1
-_CACHED_TEMPLATES: Final = 4096
 
 
-class UnicornOracle:
+class UnicornOracle(UnicornMachine):
     """Unicorn 2.1.4 as an oracle (emufuzz.oracle.base.Oracle)."""
 
     name = "unicorn"
 
     def __init__(self) -> None:
-        """Open the engine and find the layout of its state.
+        """Open the engine, find the layout of its state, and look for the known traps.
 
         Raises:
-            OracleUnavailableError: Unicorn is not the known version, or a probe does not match.
+            OracleUnavailableError: Unicorn is not the known version, or a probe or self-test fails.
         """
-        engine = self._engine = Engine(MEMORY_SIZE)
-        layout = self._layout = probe(engine)
-        engine.save()
-        self._pristine = bytes(engine.state)
-        self._restore, self._start, self._save = engine.raw_calls()
-        self._code = CodeSlots(engine)
-        self._pool = FramePool(engine.buffer)
-        self._read_code = False
-        engine.hook_reads(CODE_FRAMES.start, CODE_FRAMES.stop - 1, self._on_code_read)
-        # What ordinary instructions leave alone: hflags up to the pending exception, in two parts,
-        # of which the larger one, from the FPU on, is looked at only when it may have changed.
-        self._control = self._view(layout.hflags, layout.fpstt)
-        self._fpu = self._view(layout.fpstt, layout.error_code)
-        self._templates: dict[tuple[int, str], Template] = {}
-        self._spaces: dict[int, tuple[Memory, AddressSpace]] = {}
-        self._template: Template | None = None
-        self._memory: Memory | None = None
-        self._space = AddressSpace(self._pool, {})
-        self._image = b""
-        self._control_before = b""
-        self._fpu_before = b""
-        self._cr3 = 0
-        #: How many runs needed the exact mode.
-        self.exact_runs = 0
-
+        super().__init__()
         self_test(self)
-
-    def _view(self, start: int, end: int) -> ctypes.Array[ctypes.c_char]:
-        """A part of the saved state, to be copied by its `raw`."""
-        return (ctypes.c_char * (end - start)).from_address(self._engine.state_address + start)
-
-    def _on_code_read(self) -> None:
-        self._read_code = True
 
     def check(self, case: Case) -> None:
         """Raise UnsupportedCaseError if this oracle cannot take the case."""
@@ -191,7 +144,7 @@ class UnicornOracle:
         self._read_code = False
         rip, masked, state = case.rip, template.masked_flags, engine.state
         state[:] = self._image
-        _REGISTERS.pack_into(state, 0, *case.gpr, rip, case.rflags & ~masked)
+        REGISTERS.pack_into(state, 0, *case.gpr, rip, case.rflags & ~masked)
         handle, context = engine.handle, engine.context
         self._restore(handle, context)
         error = self._start(handle, rip, NO_UNTIL, 0, 1)
@@ -200,7 +153,7 @@ class UnicornOracle:
             return self._plain_fault(case, error) or self._finished(case, template, error, None)
         if self._control.raw != self._control_before or (_MAY_TOUCH_FPU(code) and self._fpu_changed()):
             return self._completed(case, template, None)
-        registers = _REGISTERS.unpack_from(state)
+        registers = REGISTERS.unpack_from(state)
         next_rip = registers[16]
         flags = registers[17] & ~masked | case.rflags & masked & ~X86_EFLAGS_RF
         outcome = Outcome(case.id, registers[:16], next_rip, flags, case.system)
@@ -221,7 +174,7 @@ class UnicornOracle:
         cr2 = slice(layout.cr + 16, layout.cr + 24)
         address, state[cr2] = int.from_bytes(state[cr2], "little"), self._image[cr2]
         code, is_int = _PENDING.unpack_from(state, layout.error_code)
-        registers = _REGISTERS.unpack_from(state)
+        registers = REGISTERS.unpack_from(state)
         if (
             self._read_code
             or vector in {NO_VECTOR, DB_VECTOR}
@@ -244,14 +197,6 @@ class UnicornOracle:
             outcome.pages = self._changed_pages()
         return outcome
 
-    def _fpu_changed(self) -> bool:
-        return self._fpu.raw != self._fpu_before
-
-    def _branched_to(self, template: Template, system: System, rip: int) -> None:
-        """Unicorn has translated what lies at a branch target, too."""
-        base = 0 if template.mode == "prot64" else system.seg[VCPU_SREG_CS].base
-        self._code.branched_to(base + rip & template.address_mask)
-
     def _finished(self, case: Case, template: Template, error: int, rep: RepString | None) -> Outcome:
         """The outcome of a run in the fast mode, or of another one in the exact mode."""
         if not (error or self._engine.vector != NO_VECTOR or self._read_code):
@@ -261,178 +206,9 @@ class UnicornOracle:
             return self._run_exact(case, template)
         return self._faulted(case, template, error, rep)
 
-    def raw_starts(self, batch: Sequence[Case]) -> float:
-        """Seconds that the calls of uc_emu_start alone take for a batch, each case in a fresh slot.
-
-        The yardstick of benchmarks: every case is prepared as in `run`, and as many instructions
-        are run, but only the foreign calls are timed, and their results are thrown away. A case
-        that needs the exact mode counts as it runs in the fast one; one that the fast mode cannot
-        place, or that is never run, counts as the average of the others.
-        """
-        self._code.flush()
-        total, timed = 0.0, 0
-        for case in batch:
-            template = None if unicorn_must_not_run(case.code, case.mode) else self._prepare(case)
-            if template is None:
-                continue
-            total += self._timed_starts(case, template)
-            timed += 1
-            self._restore_memory()
-        return total * len(batch) / timed if timed else 0.0
-
-    def _timed_starts(self, case: Case, template: Template) -> float:
-        rep = rep_string(case.code, case.mode, case.system.seg[VCPU_SREG_CS].db)
-        self._load(case, template.masked_flags | (X86_EFLAGS_TF if rep else 0))
-        self._engine.restore()
-        clock, start, handle = time.perf_counter, self._engine.raw_emu_start, self._engine.handle
-        if rep is None or not rep.comparing:
-            count = rep.iterations(case.gpr[VCPU_REGS_RCX]) if rep else 1
-            before = clock()
-            start(handle, case.rip, NO_UNTIL, 0, count)
-            return clock() - before
-        before = clock()
-        self._compare_strings(case, rep)
-        return clock() - before
-
-    def _prepare(self, case: Case) -> Template | None:
-        """Select template, memory and code slot; None if the fast mode cannot run the case."""
-        template = self._template
-        if template is None or case.system is not template.system or case.mode != template.mode:
-            template = self._use_template(case.system, case.mode, case.mem)
-        elif case.mem is not self._memory:
-            self._use_memory(case.mem)
-            self._compose(template)
-        address = (template.code_base + case.rip) & template.address_mask
-        frame = self._space.code.get(address >> PAGE_SHIFT)
-        code = self._code
-        if frame is not None and (
-            code.use_fresh(address, frame, case.code) or code.holds(address, case.code)
-        ):
-            return template
-        return template if self._place(case, address) else None
-
-    def _load(self, case: Case, masked: int) -> None:
-        """Fill the saved context with the state of a case."""
-        state = self._engine.state
-        state[:] = self._image
-        _REGISTERS.pack_into(state, 0, *case.gpr, case.rip, case.rflags & ~masked)
-
-    def _use_template(self, system: System, mode: str, memory: Memory | None = None) -> Template:
-        """Make the image of (system, mode) the current one, and `memory`, if given, the memory.
-
-        Equal objects share an image by identity.
-        """
-        key = (id(system), mode)
-        template = self._templates.get(key)
-        if template is None:
-            if len(self._templates) >= _CACHED_TEMPLATES:
-                self._templates.clear()
-            template = Template(self._layout, self._pristine, system, mode)
-            self._templates[key] = template
-        self._template = template
-        if memory is not None and memory is not self._memory:
-            self._use_memory(memory)
-        self._compose(template)
-        return template
-
-    def _use_memory(self, memory: Memory) -> None:
-        """Make the address space of `memory` the current one."""
-        known = self._spaces.get(id(memory))
-        if known is None:
-            known = (memory, self._build_space(memory.pages))
-            self._spaces[id(memory)] = known
-        self._memory = memory
-        self._space = known[1]
-
-    def _build_space(self, pages: dict[int, bytes]) -> AddressSpace:
-        try:
-            return AddressSpace(self._pool, pages)
-        except MemoryFullError:
-            self._spaces.clear()
-            self._pool.reset()
-            self._cr3 = 0
-            return AddressSpace(self._pool, pages)
-
-    def _compose(self, template: Template) -> None:
-        """Join template and page tables; other page tables make the TLB stale."""
-        cr3 = template.cr3(self._space)
-        if cr3 != self._cr3:
-            self._engine.flush_tlb()
-            self._cr3 = cr3
-        place, layout = self._layout.cr + 24, self._layout
-        self._image = image = template.image[:place] + cr3.to_bytes(8, "little") + template.image[place + 8 :]
-        self._control_before = image[layout.hflags : layout.fpstt]
-        self._fpu_before = image[layout.fpstt : layout.error_code]
-
-    def _place(self, case: Case, address: int) -> bool:
-        """Put the code where the fast mode can run it; False if the fast mode cannot."""
-        number = address >> PAGE_SHIFT
-        if address & PAGE_MASK > _LAST_FAST_OFFSET or number in case.mem.pages:
-            return False
-        frame = self._code.frame(number)
-        if not frame:
-            self._forget_code()
-            frame = self._code.frame(number)
-        if number not in self._space.code:
-            try:
-                self._space.map_code(number, frame)
-            except MemoryFullError:
-                return False
-        self._code.place(address, case.code)
-        return True
-
-    def _forget_code(self) -> None:
-        """Start over with code pages: all address spaces map them."""
-        self._code.drop_frames()
-        self._spaces.clear()
-        self._pool.reset()
-        self._cr3 = 0
-        memory, self._memory = self._memory, None
-        if memory is not None:
-            self._use_memory(memory)
-            if self._template is not None:
-                self._compose(self._template)
-
-    def _execute(self, case: Case, template: Template, rep: RepString | None) -> int:
-        """Load the state, run the instruction, save the state; gives a UC_ERR_* value."""
-        engine = self._engine
-        engine.vector = NO_VECTOR
-        self._read_code = False
-        self._load(case, template.masked_flags | (X86_EFLAGS_TF if rep else 0))
-        engine.restore()
-        if rep is None:
-            error = engine.start(case.rip, 1)
-        elif rep.comparing:
-            return self._compare_strings(case, rep)
-        else:
-            error = engine.start(case.rip, rep.iterations(case.gpr[VCPU_REGS_RCX]))
-        engine.save()
-        return error
-
-    def _compare_strings(self, case: Case, rep: RepString) -> int:
-        """REP CMPS and SCAS one iteration at a time, for ZF may end them after any."""
-        engine = self._engine
-        for _ in range(rep.iterations(case.gpr[VCPU_REGS_RCX])):
-            error: int = engine.start(case.rip, 1)
-            engine.save()
-            if error or engine.vector != NO_VECTOR or self._rip() != case.rip:
-                return error
-        return UC_ERR_OK
-
-    def _rip(self) -> int:
-        rip: int = _REGISTERS.unpack_from(self._engine.state)[16]
-        return rip
-
-    def _at_start(self, case: Case) -> bool:
-        """Whether CS:RIP is where the case began: the instruction raised its exception itself."""
-        (cs_base,) = struct.unpack_from("<Q", self._engine.state, self._layout.segs + CS_BASE_OFFSET)
-        (before,) = struct.unpack_from("<Q", self._image, self._layout.segs + CS_BASE_OFFSET)
-        same_base: bool = cs_base == before
-        return same_base and self._rip() == case.rip
-
     def _completed(self, case: Case, template: Template, rep: RepString | None) -> Outcome:
         """The outcome of an instruction that raised nothing."""
-        registers = _REGISTERS.unpack_from(self._engine.state)
+        registers = REGISTERS.unpack_from(self._engine.state)
         rip, rflags = registers[16], registers[17]
         masked = template.masked_flags
         rflags = rflags & ~masked | case.rflags & masked & ~X86_EFLAGS_RF
@@ -469,14 +245,6 @@ class UnicornOracle:
 
     def _error_code(self) -> int:
         return int(struct.unpack_from("<i", self._engine.state, self._layout.error_code)[0])
-
-    def _restore_memory(self) -> None:
-        if self._space.written():
-            self._changed_pages()
-
-    def _changed_pages(self) -> dict[int, bytes]:
-        self._engine.flush_tlb()
-        return self._space.changed_pages()
 
     def _faulted(self, case: Case, template: Template, error: int, rep: RepString | None) -> Outcome:
         """The outcome of a run that ended with an exception or an error of Unicorn."""
@@ -569,15 +337,11 @@ class UnicornOracle:
 
     def unchecked(self, case: Case, outcome: Outcome) -> tuple[tuple[str, str], ...]:
         """What this oracle does not vouch for: (field or "all", gap id) pairs."""
-        return outcome.unchecked + find_gaps((*UNICORN_GAPS, *CORNER_GAPS), case, outcome)
+        return outcome.unchecked + find_gaps(LEDGER, case, outcome)
 
     def fingerprint(self) -> dict[str, str]:
         """Name, version and configuration of what runs."""
         return {"oracle": self.name, "unicorn": UNICORN_VERSION, "cpu": "Icelake-Server"}
-
-    def close(self) -> None:
-        """Release the engine and its memory."""
-        self._engine.close()
 
 
 def _not_run(case: Case, gap: str, fault: Fault | None) -> Outcome:

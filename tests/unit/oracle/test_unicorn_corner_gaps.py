@@ -11,7 +11,11 @@ from emufuzz.case.model import Memory
 from emufuzz.fuzz.environments import ARENA_BASE, environments
 from emufuzz.fuzz.generate import generate_batch
 from emufuzz.oracle.unicorn import UnicornOracle
+from emufuzz.oracle.unicorn import oracle as oracle_module
+from emufuzz.oracle.unicorn import prefixes as prefixes_module
+from emufuzz.oracle.unicorn import selftest as selftest_module
 from emufuzz.oracle.unicorn.gaps_corner import CORNER_GAPS
+from emufuzz.oracle.unicorn.ledger import ATTACHED, REASONS
 
 PAGE = 0x8000
 END = 0x9000  # no page there in the memories of this test
@@ -106,3 +110,14 @@ def test_the_gap_exists_and_is_recognised(oracle, name):
     (outcome,) = oracle.run([case])
     assert behaves(outcome, case)
     assert f"unicorn-{name}" in {gap for _, gap in oracle.unchecked(case, outcome)}
+
+
+def test_every_gap_that_the_oracle_attaches_is_explained():
+    attached = {
+        value
+        for module in (oracle_module, prefixes_module, selftest_module)
+        for name, value in vars(module).items()
+        if name.startswith("GAP_")
+    }
+    assert attached <= set(REASONS)
+    assert set(ATTACHED) <= attached
