@@ -170,7 +170,7 @@ class Walkers:
         buffer = self.engine.buffer
         for frame in range(FRAMES):
             struct.pack_into("<II8s", buffer, (frame << 12) + _TAG, frame, 0, b"\xf4" * 8)
-        buffer[_CODE_FRAME << 12 : (_CODE_FRAME + 1) << 12] = b"\xf4" * 4096
+        buffer[_CODE_FRAME << 12 : (_CODE_FRAME << 12) + _TAG] = b"\xf4" * _TAG
         for at, code in ((0, b"\x8b\x03"), (0x40, b"\x89\x03")):  # mov eax, [rbx]; mov [rbx], eax
             buffer[(_CODE_FRAME << 12) + at : (_CODE_FRAME << 12) + at + 2] = code
         self._map_code()

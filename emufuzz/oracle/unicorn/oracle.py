@@ -31,7 +31,7 @@ from emufuzz.arch.exceptions import (
     TS_VECTOR,
     UD_VECTOR,
 )
-from emufuzz.arch.regs import VCPU_SREG_CS
+from emufuzz.arch.regs import VCPU_REGS_RCX, VCPU_SREG_CS
 from emufuzz.arch.rflags import X86_EFLAGS_RF, X86_EFLAGS_TF
 from emufuzz.case.errors import UnsupportedCaseError
 from emufuzz.case.model import (
@@ -135,27 +135,33 @@ class UnicornOracle(UnicornMachine):
         template = self._prepare(case)
         if template is None:
             return self._run_exact(case, self._use_template(case.system, case.mode))
+        rep, masked, count = None, template.masked_flags, 1
         if b"\xf3" in code or b"\xf2" in code:
             rep = rep_string(code, case.mode, case.system.seg[VCPU_SREG_CS].db)
             if rep is not None:
-                return self._finished(case, template, self._execute(case, template, rep), rep)
+                if rep.comparing:
+                    return self._finished(case, template, self._execute(case, template, rep), rep)
+                masked |= X86_EFLAGS_TF
+                count = rep.iterations(case.gpr[VCPU_REGS_RCX])
         engine = self._engine
         engine.vector = NO_VECTOR
         self._read_code = False
-        rip, masked, state = case.rip, template.masked_flags, engine.state
+        rip, state = case.rip, engine.state
         state[:] = self._image
         REGISTERS.pack_into(state, 0, *case.gpr, rip, case.rflags & ~masked)
         handle, context = engine.handle, engine.context
         self._restore(handle, context)
-        error = self._start(handle, rip, NO_UNTIL, 0, 1)
+        error = self._start(handle, rip, NO_UNTIL, 0, count)
         self._save(handle, context)
         if error or engine.vector != NO_VECTOR or self._read_code:
-            return self._plain_fault(case, error) or self._finished(case, template, error, None)
+            return self._plain_fault(case, error, rep) or self._finished(case, template, error, rep)
         if self._control.raw != self._control_before or (_MAY_TOUCH_FPU(code) and self._fpu_changed()):
-            return self._completed(case, template, None)
+            return self._completed(case, template, rep)
         registers = REGISTERS.unpack_from(state)
         next_rip = registers[16]
         flags = registers[17] & ~masked | case.rflags & masked & ~X86_EFLAGS_RF
+        if rep is not None and next_rip == rip:
+            flags |= X86_EFLAGS_RF  # KVM's stopping point
         outcome = Outcome(case.id, registers[:16], next_rip, flags, case.system)
         if not 0 <= next_rip - rip <= MAX_INSTRUCTION:
             self._branched_to(template, case.system, next_rip)
@@ -163,7 +169,7 @@ class UnicornOracle(UnicornMachine):
             outcome.pages = self._changed_pages()
         return outcome
 
-    def _plain_fault(self, case: Case, error: int) -> Outcome | None:
+    def _plain_fault(self, case: Case, error: int, rep: RepString | None) -> Outcome | None:
         """The outcome of an instruction whose exception left the system state alone, as most do.
 
         None if it is anything else: a software interrupt, a trap, an access to the code page.
@@ -177,12 +183,13 @@ class UnicornOracle(UnicornMachine):
         registers = REGISTERS.unpack_from(state)
         if (
             self._read_code
+            or rep is not None
             or vector in {NO_VECTOR, DB_VECTOR}
             or is_int
             or registers[16] != case.rip
             or (vector == PF_VECTOR and code & PFERR_PRESENT)
             or self._control.raw != self._control_before
-            or self._fpu_changed()
+            or (_MAY_TOUCH_FPU(case.code) and self._fpu_changed())
         ):
             state[cr2] = address.to_bytes(8, "little")
             return None
