@@ -60,8 +60,9 @@ and memory holds what was written before it. Exceptions: set_dr (a refusal is 1,
 results count), pio_out_emulated and get_msr are ignored everywhere; set_cr in CLTS, LMSW and the
 end of a task switch; write_std for the busy bits of a task switch; read_std of the I/O bitmap
 becomes #GP(0); leave_smm becomes a request for a shutdown. A CALL far whose push fails loads the
-old CS again. RIP and RFLAGS are the caller's: x86.c takes RFLAGS over after X86EMUL_RETRY_INSTR and
-X86EMUL_CMPXCHG_FAILED, although the instruction will run again (quirk 51).
+old CS again. RIP and RFLAGS are the caller's to commit. The flat subject does so only after
+X86EMUL_CONTINUE; x86.c takes changed RFLAGS over after X86EMUL_RETRY_INSTR and
+X86EMUL_CMPXCHG_FAILED too, although the instruction will run again (quirk 51, in the KVM model).
 """
 
 

@@ -107,8 +107,7 @@ def violations(case: Case, plain: Outcome, failed: Outcome, script: dict, index:
             wrong.append("GPR")
         if failed.rip != case.rip:
             wrong.append("RIP")
-        # x86.c commits RFLAGS after retry_instr and cmpxchg_failed (quirk 51 of docs/porting.md).
-        if failed.rflags != case.rflags and failed.rc not in ("retry_instr", "cmpxchg_failed"):
+        if failed.rflags != case.rflags:
             wrong.append("RFLAGS")
     op = script["op"]
     if index < 0:

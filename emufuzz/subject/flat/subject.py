@@ -23,17 +23,13 @@ from emufuzz.emulator.x86emul import (
     EMULATION_RESTART,
     EMULTYPE_TRAP_UD,
     MASK64,
-    X86EMUL_INTERCEPTED,
-    X86EMUL_IO_NEEDED,
+    X86EMUL_CONTINUE,
     X86EMUL_NAMES,
 )
 from emufuzz.subject.flat.ops import FlatOps, load_fpu, read_fpu
 from emufuzz.subject.flat.scripted import ScriptedOps, read_script
 
 _PACKAGE: Final = Path(__file__).parents[2]
-#: Results after which x86.c commits nothing: userspace or a nested hypervisor goes on. After the
-#: other ones it takes over RIP, which did not move, and RFLAGS, which may have changed.
-_UNCOMMITTED: Final = (X86EMUL_IO_NEEDED, X86EMUL_INTERCEPTED)
 
 
 class FlatSubject:
@@ -158,7 +154,9 @@ class FlatSubject:
             outcome.rc = "unhandleable"
         else:
             outcome.rc = X86EMUL_NAMES[ctxt.rc]
-            if ctxt.rc not in _UNCOMMITTED:
+            # After other results emulate.c hands out nothing. That x86.c takes RFLAGS over all the
+            # same after some of them is a matter of the KVM model.
+            if ctxt.rc == X86EMUL_CONTINUE:
                 outcome.rip = ctxt.eip & MASK64
                 outcome.rflags = ctxt.eflags
         return outcome

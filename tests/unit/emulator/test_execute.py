@@ -105,6 +105,7 @@ def test_a_locked_write_that_lost_the_race_starts_again():
     done = run("prot64", "f00108", rax=DATA_BASE, rcx=1, callbacks=[
         {"op": "cmpxchg_emulated", "result": "cmpxchg_failed"}])  # fmt: skip
     assert (done.rc, done.rip, done.outcome.pages) == ("cmpxchg_failed", CODE_BASE, {})
+    assert done.flags == done.case.rflags  # the flags of the sum are not committed
 
 
 def test_pages_are_written_in_order():

@@ -130,7 +130,7 @@ def test_each_callback_with_each_result(op, result):
     assert (done.fault is not None) == (done.rc == "propagate_fault")
     if done.rc != "continue":
         assert tuple(done.outcome.gpr) == done.case.gpr
-        assert done.rip == done.case.rip
+        assert (done.rip, done.flags) == (done.case.rip, done.case.rflags)
         assert done.outcome.pages == {}
     undisturbed = run(mode, code, callbacks=[*others, {"op": op, "result": "continue"}], **machine)
     assert undisturbed.rc == "continue"
