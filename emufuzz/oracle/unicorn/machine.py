@@ -23,7 +23,10 @@ from emufuzz.case.model import (
     Memory,
     System,
 )
-from emufuzz.oracle.unicorn.code import MAX_INSTRUCTION, CodeSlots
+from emufuzz.oracle.unicorn.code import (
+    MAX_INSTRUCTION,
+    CodeSlots,
+)
 from emufuzz.oracle.unicorn.engine import (
     NO_UNTIL,
     NO_VECTOR,
@@ -50,6 +53,9 @@ from emufuzz.oracle.unicorn.prefixes import (
 
 #: 16 GPRs, RIP and RFLAGS at the start of the state.
 REGISTERS: Final = struct.Struct("<18Q")
+GPRS: Final = struct.Struct("<16Q")
+RIP_RFLAGS: Final = struct.Struct("<2Q")
+RIP_OFFSET: Final = GPRS.size
 _LAST_FAST_OFFSET: Final = PAGE_SIZE - MAX_INSTRUCTION - 1
 _CACHED_TEMPLATES: Final = 4096
 
@@ -92,6 +98,11 @@ class UnicornMachine:
         """A part of the saved state, to be copied by its `raw`."""
         return (ctypes.c_char * (end - start)).from_address(self._engine.state_address + start)
 
+    def _forget_signals(self) -> None:
+        """Reset what the hooks told of a run; every run begins so."""
+        self._engine.vector = NO_VECTOR
+        self._read_code = False
+
     def _on_code_read(self) -> None:
         self._read_code = True
 
@@ -119,6 +130,7 @@ class UnicornMachine:
                 continue
             total += self._timed_starts(case, template)
             timed += 1
+            self._forget_signals()
             self._restore_memory()
         return total * len(batch) / timed if timed else 0.0
 
@@ -238,8 +250,7 @@ class UnicornMachine:
     def _execute(self, case: Case, template: Template, rep: RepString | None) -> int:
         """Load the state, run the instruction, save the state; gives a UC_ERR_* value."""
         engine = self._engine
-        engine.vector = NO_VECTOR
-        self._read_code = False
+        self._forget_signals()
         self._load(case, template.masked_flags | (X86_EFLAGS_TF if rep else 0))
         engine.restore()
         if rep is None:

@@ -85,6 +85,8 @@ class AddressSpace:
     """The pages of one Memory, with page tables, on consecutive frames.
 
     Attributes:
+        watched: Where entries of pages lie together, and their bytes while nothing is written to.
+        more_watched: The same of the other such places; mostly there are none.
         first: Physical address of the first page; the others follow in order of page number.
         last: Physical address behind the last page.
         original: Contents of all pages, in that order.
@@ -156,15 +158,13 @@ class AddressSpace:
                 spans[-1] = (spans[-1][0], place + 8)
             else:
                 spans.append((place, place + 8))
-        self._spans = [(start, end, buffer[start:end]) for start, end in spans]
-        self.entries_start, self.entries_end, self.clean = self._spans.pop(0) if spans else (0, 0, b"")
+        watched = [(slice(start, end), buffer[start:end]) for start, end in spans or [(0, 0)]]
+        self.watched, self.more_watched = watched[0], watched[1:]
 
     def written(self) -> bool:
         """Whether a page may have been written to since `changed_pages`, judging by its dirty bit."""
         buffer = self._pool.buffer
-        if buffer[self.entries_start : self.entries_end] != self.clean:
-            return True
-        return any(buffer[start:end] != clean for start, end, clean in self._spans)
+        return any(buffer[place] != clean for place, clean in (self.watched, *self.more_watched))
 
     def map_code(self, number: int, frame: int) -> None:
         """Add a code page, executable and read-only; no TLB remembers that it was absent."""

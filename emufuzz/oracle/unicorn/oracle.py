@@ -57,7 +57,7 @@ from emufuzz.oracle.unicorn.image import (
     read_system,
 )
 from emufuzz.oracle.unicorn.ledger import LEDGER
-from emufuzz.oracle.unicorn.machine import REGISTERS, UnicornMachine
+from emufuzz.oracle.unicorn.machine import GPRS, REGISTERS, RIP_OFFSET, RIP_RFLAGS, UnicornMachine
 from emufuzz.oracle.unicorn.memory import (
     EXECUTABLE_DATA_PAGE,
     MAX_PAGES,
@@ -140,12 +140,12 @@ class UnicornOracle(UnicornMachine):
             rep = rep_string(code, case.mode, case.system.seg[VCPU_SREG_CS].db)
             if rep is not None:
                 if rep.comparing:
-                    return self._finished(case, template, self._execute(case, template, rep), rep)
+                    outcome = self._finished(case, template, self._execute(case, template, rep), rep)
+                    self._forget_signals()
+                    return outcome
                 masked |= X86_EFLAGS_TF
                 count = rep.iterations(case.gpr[VCPU_REGS_RCX])
         engine = self._engine
-        engine.vector = NO_VECTOR
-        self._read_code = False
         rip, state = case.rip, engine.state
         state[:] = self._image
         REGISTERS.pack_into(state, 0, *case.gpr, rip, case.rflags & ~masked)
@@ -154,18 +154,21 @@ class UnicornOracle(UnicornMachine):
         error = self._start(handle, rip, NO_UNTIL, 0, count)
         self._save(handle, context)
         if error or engine.vector != NO_VECTOR or self._read_code:
-            return self._plain_fault(case, error, rep) or self._finished(case, template, error, rep)
+            outcome = self._plain_fault(case, error, rep) or self._finished(case, template, error, rep)
+            self._forget_signals()
+            return outcome
         if self._control.raw != self._control_before or (_MAY_TOUCH_FPU(code) and self._fpu_changed()):
             return self._completed(case, template, rep)
-        registers = REGISTERS.unpack_from(state)
-        next_rip = registers[16]
-        flags = registers[17] & ~masked | case.rflags & masked & ~X86_EFLAGS_RF
+        next_rip, flags = RIP_RFLAGS.unpack_from(state, RIP_OFFSET)
+        flags = flags & ~masked | case.rflags & masked & ~X86_EFLAGS_RF
         if rep is not None and next_rip == rip:
             flags |= X86_EFLAGS_RF  # KVM's stopping point
-        outcome = Outcome(case.id, registers[:16], next_rip, flags, case.system)
+        outcome = Outcome(case.id, GPRS.unpack_from(state), next_rip, flags, case.system)
         if not 0 <= next_rip - rip <= MAX_INSTRUCTION:
             self._branched_to(template, case.system, next_rip)
-        if self._space.written():
+        space = self._space
+        place, clean = space.watched
+        if engine.buffer[place] != clean or (space.more_watched and space.written()):
             outcome.pages = self._changed_pages()
         return outcome
 
@@ -325,6 +328,7 @@ class UnicornOracle(UnicornMachine):
                 return self._faulted(case, template, error, rep)
             return self._completed(case, template, rep)
         finally:
+            self._forget_signals()
             self._code.flush()
             self._pool.reset(mark)
             self._space = shared
