@@ -14,8 +14,10 @@ from emufuzz.oracle.unicorn.engine import Engine
 from emufuzz.oracle.unicorn.memory import CODE_FRAMES
 
 SLOT_SIZE: Final = 32
-_SLOT_MASK: Final = SLOT_SIZE - 1
+SLOT_MASK: Final = SLOT_SIZE - 1
 MAX_INSTRUCTION: Final = 15
+#: Bytes of a slot that are written: an instruction, then a HLT.
+SLOT_EXACT: Final = MAX_INSTRUCTION + 1
 _HLT: Final = b"\xf4"
 _AFTER_CODE: Final = bytes(MAX_INSTRUCTION) + _HLT
 _HLT_PAGE: Final = _HLT * PAGE_SIZE
@@ -27,7 +29,7 @@ class CodeSlots:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._buffer = engine.buffer
-        self._translated: dict[int, bytes | None] = {}
+        self.translated: dict[int, bytes | None] = {}
         self.frames: dict[int, int] = {}
         self.flushes = 0
 
@@ -41,15 +43,6 @@ class CodeSlots:
             self._buffer[frame : frame + PAGE_SIZE] = _HLT_PAGE
         return frame
 
-    def use_fresh(self, address: int, frame: int, code: bytes) -> bool:
-        """Place `code` in a whole slot of the page at `frame`; False if the slot is not fresh."""
-        if address & _SLOT_MASK or address in self._translated:
-            return False
-        self._translated[address] = code
-        offset = frame + (address & PAGE_MASK)
-        self._buffer[offset : offset + MAX_INSTRUCTION + 1] = _exact_bytes(code)
-        return True
-
     def place(self, address: int, code: bytes) -> None:
         """Make `code` the contents of memory at `address`, in a page that `frame` has given.
 
@@ -58,20 +51,16 @@ class CodeSlots:
         """
         self.make_fresh(address, code)
         offset = self.frames[address >> PAGE_SHIFT] + (address & PAGE_MASK)
-        self._buffer[offset : offset + MAX_INSTRUCTION + 1] = _exact_bytes(code)
-
-    def holds(self, address: int, code: bytes) -> bool:
-        """Whether exactly this code is in place already, its translation valid."""
-        return self._translated.get(address) == code
+        self._buffer[offset : offset + SLOT_EXACT] = exact_bytes(code)
 
     def make_fresh(self, address: int, code: bytes) -> None:
         """See to it that nothing of the slots around `address` is translated with other bytes.
 
         A flush forgets all translations; most calls find a slot that was not used since the last.
         """
-        translated = self._translated
-        first = address & ~_SLOT_MASK
-        last = (address + MAX_INSTRUCTION) & ~_SLOT_MASK
+        translated = self.translated
+        first = address & ~SLOT_MASK
+        last = (address + MAX_INSTRUCTION) & ~SLOT_MASK
         if first in translated or last in translated:
             self.flush()
         if first == address:
@@ -81,12 +70,12 @@ class CodeSlots:
 
     def branched_to(self, address: int) -> None:
         """Note that a branch ended at `address`: Unicorn has translated what lies there, too."""
-        self._translated.setdefault(address & ~_SLOT_MASK, None)
+        self.translated.setdefault(address & ~SLOT_MASK, None)
 
     def flush(self) -> None:
         """Forget all translations."""
         self._engine.flush_translations()
-        self._translated.clear()
+        self.translated.clear()
         self.flushes += 1
 
     def drop_frames(self) -> None:
@@ -95,6 +84,6 @@ class CodeSlots:
         self.frames.clear()
 
 
-def _exact_bytes(code: bytes) -> bytes:
+def exact_bytes(code: bytes) -> bytes:
     """As many bytes as an instruction may have, zeros where `code` is shorter, then HLT."""
     return code[:MAX_INSTRUCTION] + _AFTER_CODE[min(len(code), MAX_INSTRUCTION) :]

@@ -23,10 +23,7 @@ from emufuzz.case.model import (
     Memory,
     System,
 )
-from emufuzz.oracle.unicorn.code import (
-    MAX_INSTRUCTION,
-    CodeSlots,
-)
+from emufuzz.oracle.unicorn.code import SLOT_EXACT, SLOT_MASK, CodeSlots, exact_bytes
 from emufuzz.oracle.unicorn.engine import (
     NO_UNTIL,
     NO_VECTOR,
@@ -56,7 +53,7 @@ REGISTERS: Final = struct.Struct("<18Q")
 GPRS: Final = struct.Struct("<16Q")
 RIP_RFLAGS: Final = struct.Struct("<2Q")
 RIP_OFFSET: Final = GPRS.size
-_LAST_FAST_OFFSET: Final = PAGE_SIZE - MAX_INSTRUCTION - 1
+_LAST_FAST_OFFSET: Final = PAGE_SIZE - SLOT_EXACT
 _CACHED_TEMPLATES: Final = 4096
 
 
@@ -75,6 +72,11 @@ class UnicornMachine:
         self._pristine = bytes(engine.state)
         self._restore, self._start, self._save = engine.raw_calls()
         self._code = CodeSlots(engine)
+        # Short ways for the hot path to what does not change.
+        self._translated = self._code.translated
+        self._buffer = engine.buffer
+        self._state = engine.state
+        self._handle, self._context = engine.handle, engine.context
         self._pool = FramePool(engine.buffer)
         self._read_code = False
         engine.hook_reads(CODE_FRAMES.start, CODE_FRAMES.stop - 1, self._on_code_read)
@@ -158,11 +160,16 @@ class UnicornMachine:
             self._compose(template)
         address = (template.code_base + case.rip) & template.address_mask
         frame = self._space.code.get(address >> PAGE_SHIFT)
-        code = self._code
-        if frame is not None and (
-            code.use_fresh(address, frame, case.code) or code.holds(address, case.code)
-        ):
-            return template
+        translated, code = self._translated, case.code
+        if frame is not None:
+            if not address & SLOT_MASK and address not in translated:
+                # A whole slot that was never translated needs neither look nor flush.
+                translated[address] = code
+                offset = frame + (address & PAGE_MASK)
+                self._buffer[offset : offset + SLOT_EXACT] = exact_bytes(code)
+                return template
+            if translated.get(address) == code:
+                return template
         return template if self._place(case, address) else None
 
     def _load(self, case: Case, masked: int) -> None:

@@ -146,10 +146,10 @@ class UnicornOracle(UnicornMachine):
                 masked |= X86_EFLAGS_TF
                 count = rep.iterations(case.gpr[VCPU_REGS_RCX])
         engine = self._engine
-        rip, state = case.rip, engine.state
+        rip, state = case.rip, self._state
         state[:] = self._image
         REGISTERS.pack_into(state, 0, *case.gpr, rip, case.rflags & ~masked)
-        handle, context = engine.handle, engine.context
+        handle, context = self._handle, self._context
         self._restore(handle, context)
         error = self._start(handle, rip, NO_UNTIL, 0, count)
         self._save(handle, context)
@@ -168,7 +168,7 @@ class UnicornOracle(UnicornMachine):
             self._branched_to(template, case.system, next_rip)
         space = self._space
         place, clean = space.watched
-        if engine.buffer[place] != clean or (space.more_watched and space.written()):
+        if self._buffer[place] != clean or (space.more_watched and space.written()):
             outcome.pages = self._changed_pages()
         return outcome
 

@@ -26,7 +26,7 @@ def test_trap_is_closed_when_repeated(oracle, trap):
 
 def test_without_fresh_slots_the_stale_code_test_fails(oracle, monkeypatch):
     def damaged(self: CodeSlots, address: int, code: bytes) -> None:
-        self._translated[address] = code
+        self.translated[address] = code
 
     monkeypatch.setattr(CodeSlots, "make_fresh", damaged)
     assert not selftest.stale_code(oracle)
