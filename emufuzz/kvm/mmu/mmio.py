@@ -84,7 +84,8 @@ def vcpu_mmio_gva_to_gpa(
 ) -> tuple[int, int]:
     """Translate for the emulator: (-1, INVALID_GPA) on a #PF, (1, gpa) for MMIO, else (0, gpa).
 
-    Where 0 is returned there may be memory or none. A cached linear address is not walked again; its rights are checked if paging is on.
+    Where 0 is returned there may be memory or none. A cached linear address is not walked again;
+    its rights are checked if paging is on.
     """
     vcpu = mmu.vcpu
     access = (PFERR_USER_MASK if vcpu.cpl() == 3 else 0) | (PFERR_WRITE_MASK if write else 0)

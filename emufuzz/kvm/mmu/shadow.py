@@ -12,18 +12,25 @@ to them faults and is emulated. Entries are not prefetched.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from emufuzz.kvm.memslots import KVM_MEM_LOG_DIRTY_PAGES, MemorySlot
 from emufuzz.kvm.mmu.paging import PT32_ROOT_LEVEL, PT32E_ROOT_LEVEL, GuestPaging, guest_paging
 from emufuzz.kvm.mmu.pferr import (
     ACC_ALL,
     ACC_WRITE_MASK,
-    PT64_NX_MASK,
     PT_ACCESSED_MASK,
     PT_DIRTY_MASK,
     PT_PRESENT_MASK,
     PT_WRITABLE_MASK,
+)
+from emufuzz.kvm.mmu.shadow_page import (
+    ShadowPage,
+    ShadowRole,
+    detect_write_misaligned,
+    get_written_sptes,
+    gpte_access,
+    spte_index,
 )
 from emufuzz.kvm.mmu.spte import SHADOW_NONPRESENT_VALUE, is_shadow_present_pte, spte_to_pfn
 
@@ -32,50 +39,6 @@ if TYPE_CHECKING:
 
 _BASE_ADDR_MASK: Final = (1 << 52) - (1 << 12)
 _FLOOD: Final = 3
-
-
-class ShadowRole(NamedTuple):
-    """union kvm_mmu_page_role: guest frames are shadowed once per role.
-
-    `mode` holds the control bits that matter (see GuestPaging.role); `quadrant` tells which part of
-    a 32-bit table, whose entries are half as big, a shadow page stands for; `direct` pages split a
-    large guest page and have no guest table.
-    """
-
-    level: int
-    access: int
-    direct: bool
-    quadrant: int
-    mode: tuple[bool, ...]
-    smm: bool
-    guest_mode: bool
-
-
-class ShadowPage:
-    """struct kvm_mmu_page. `spt` has leaf entries by index, `children` the pages below.
-
-    `shadowed` has (gfn, rights) of each leaf entry that maps memory.
-    """
-
-    __slots__ = (
-        "children", "gfn", "invalid", "parents", "role", "shadowed", "spt", "unsync", "write_flooding_count"
-    )  # fmt: skip
-
-    def __init__(self, gfn: int, role: ShadowRole) -> None:
-        self.gfn = gfn
-        self.role = role
-        self.spt: dict[int, int] = {}
-        self.shadowed: dict[int, tuple[int, int]] = {}
-        self.children: dict[int, ShadowPage] = {}
-        self.parents: set[tuple[ShadowPage, int]] = set()
-        self.unsync = False
-        self.invalid = False
-        self.write_flooding_count = 0
-
-
-def spte_index(addr: int, level: int) -> int:
-    """Index of an address in a shadow page, which always has 512 entries."""
-    return addr >> 12 + 9 * (level - 1) & 511
 
 
 class ShadowMmu:
@@ -388,12 +351,12 @@ class ShadowMmu:
         """The emulator wrote to guest memory (KVM: kvm_mmu_track_write)."""
         flush = zapped = False
         for sp in self.indirect_pages(gpa >> 12):
-            if _misaligned(sp, gpa, size) or self._flooding(sp):
+            if detect_write_misaligned(sp, gpa, size) or self._flooding(sp):
                 self.zap(sp)
                 self.mmu.stats["mmu_flooded"] += 1
                 zapped = True
                 continue
-            for index in _written_sptes(sp, gpa):
+            for index in get_written_sptes(sp, gpa):
                 flush |= self.zap_pte(sp, index)
         if flush or zapped:
             self.mmu.flushes["remote_tlb"] += 1
@@ -405,37 +368,3 @@ class ShadowMmu:
             return False
         sp.write_flooding_count += 1
         return sp.write_flooding_count >= _FLOOD
-
-
-def gpte_access(gpte: int) -> int:
-    """ACC_* rights of one guest entry."""
-    return (gpte & ACC_ALL) ^ ((gpte & PT64_NX_MASK) >> 63)
-
-
-def _entry_size(sp: ShadowPage) -> int:
-    return 4 if sp.role.mode[0] else 8
-
-
-def _misaligned(sp: ShadowPage, gpa: int, size: int) -> bool:
-    """The write does not look like one to a page table entry (KVM: detect_write_misaligned)."""
-    offset, inside = gpa & 0xFFF, _entry_size(sp) - 1
-    if not offset & inside and size == 1:
-        return False  # a clear_bit of the flags
-    return bool((offset ^ offset + size - 1) & ~inside) or size < 4
-
-
-def _written_sptes(sp: ShadowPage, gpa: int) -> list[int]:
-    """Indices of the shadow entries that stand for a guest entry (KVM: get_written_sptes)."""
-    offset = gpa & 0xFFF
-    if not sp.role.mode[0]:
-        return [offset >> 3]
-    offset <<= 1
-    count = 1
-    if sp.role.level == PT32_ROOT_LEVEL:
-        # a 4 MiB entry of the guest is two of 2 MiB here
-        offset = (offset & ~7) << 1
-        count = 2
-    if offset >> 12 != sp.role.quadrant:
-        return []
-    index = (offset & 0xFFF) >> 3
-    return list(range(index, index + count))

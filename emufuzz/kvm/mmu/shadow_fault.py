@@ -29,7 +29,7 @@ from emufuzz.kvm.mmu.pferr import (
     RET_PF_SPURIOUS,
     RET_PF_WRITE_PROTECTED,
 )
-from emufuzz.kvm.mmu.shadow import ShadowPage, spte_index
+from emufuzz.kvm.mmu.shadow_page import ShadowPage, spte_index
 from emufuzz.kvm.mmu.spte import SHADOW_NONPRESENT_VALUE, is_shadow_present_pte
 from emufuzz.kvm.mmu.walker import GuestWalker, walk_addr_generic
 
