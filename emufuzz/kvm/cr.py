@@ -12,7 +12,8 @@ from typing import Final
 
 from emufuzz.arch import cr as crs
 from emufuzz.kvm import vmcs_fields as vf
-from emufuzz.kvm.cpuid import X86_CR4_LAM_SUP, X86_CR4_PKE, X86_CR4_VMXE
+from emufuzz.kvm.address import X86_CR3_LAM_U48, X86_CR3_LAM_U57
+from emufuzz.kvm.cpuid import X86_CR4_PKE, X86_CR4_VMXE
 from emufuzz.kvm.guest_state import vmx_emulation_required
 from emufuzz.kvm.regs import (
     KVM_POSSIBLE_CR0_GUEST_BITS,
@@ -52,8 +53,6 @@ from emufuzz.kvm.vmx_bits import (
 
 X86_CR3_PCID_NOFLUSH: Final = 1 << 63
 X86_CR3_PCID_MASK: Final = 0xFFF
-X86_CR3_LAM_U57: Final = 1 << 61
-X86_CR3_LAM_U48: Final = 1 << 62
 
 CR0_KNOWN: Final = (
     crs.X86_CR0_PE | crs.X86_CR0_MP | crs.X86_CR0_EM | crs.X86_CR0_TS | crs.X86_CR0_ET | crs.X86_CR0_NE
@@ -339,18 +338,6 @@ def kvm_set_cr8(vcpu: Vcpu, cr8: int) -> int:
 def kvm_get_cr8(vcpu: Vcpu) -> int:
     """CR8, the task priority."""
     return vcpu.cr8
-
-
-def kvm_get_active_cr3_lam_bits(vcpu: Vcpu) -> int:
-    """LAM_U48 and LAM_U57 of CR3, 0 for a guest without LAM."""
-    if not vcpu.cpuid.has("lam"):
-        return 0
-    return kvm_read_cr3(vcpu) & (X86_CR3_LAM_U48 | X86_CR3_LAM_U57)
-
-
-def lam_supervisor(vcpu: Vcpu) -> bool:
-    """CR4.LAM_SUP."""
-    return bool(kvm_read_cr4_bits(vcpu, X86_CR4_LAM_SUP))
 
 
 def kvm_set_xcr(vcpu: Vcpu, index: int, xcr: int) -> int:

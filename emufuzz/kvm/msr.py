@@ -10,6 +10,7 @@ from typing import Final
 
 from emufuzz.kvm import msr_index as mi
 from emufuzz.kvm import vmcs_fields as vf
+from emufuzz.kvm.address import canonical_address, is_noncanonical_msr_address, max_host_virt_addr_bits
 from emufuzz.kvm.capabilities import VMX_MSRS, vmx_capability_msr
 from emufuzz.kvm.msr_common import (
     KVM_MSR_RET_FILTERED,
@@ -59,19 +60,6 @@ _EXIT_REASON: Final = {
     KVM_MSR_RET_UNSUPPORTED: KVM_MSR_EXIT_REASON_UNKNOWN,
     KVM_MSR_RET_FILTERED: KVM_MSR_EXIT_REASON_FILTER,
 }
-
-
-def is_noncanonical_msr_address(vcpu: Vcpu, addr: int) -> bool:
-    """The check of MSRs and descriptor bases, by the *host's* address width, not CR4.LA57."""
-    upper = addr >> (56 if vcpu.options.host_la57 else 47)
-    return upper not in (0, (1 << (8 if vcpu.options.host_la57 else 17)) - 1)
-
-
-def _canonical_address(vcpu: Vcpu, addr: int) -> int:
-    """Sign-extended from the host's address width."""
-    bits = 57 if vcpu.options.host_la57 else 48
-    low = addr & (1 << bits) - 1
-    return low | (_MASK64 ^ (1 << bits) - 1) if low >> bits - 1 else low
 
 
 # -- VMX ---------------------------------------------------------------------------------------
@@ -163,7 +151,7 @@ def kvm_set_msr(vcpu: Vcpu, index: int, data: int, *, host: bool = False) -> int
             return 1
     elif index in (mi.MSR_IA32_SYSENTER_EIP, mi.MSR_IA32_SYSENTER_ESP):
         # KVM deviation: made canonical where SDM Vol. 4 has #GP
-        data = _canonical_address(vcpu, data)
+        data = canonical_address(data, max_host_virt_addr_bits(vcpu))
     elif index == mi.MSR_TSC_AUX:
         if not host and not _tsc_aux_exists(vcpu):
             return 1

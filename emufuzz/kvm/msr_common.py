@@ -85,6 +85,7 @@ _WRITE_IGNORED: Final = frozenset({
 # fmt: on
 
 _MC_BANK_MSRS: Final = range(mi.MSR_IA32_MC0_CTL, mi.MSR_IA32_MC0_CTL + 4 * _MCE_BANKS)
+_MC_CTL2_MSRS: Final = range(mi.MSR_IA32_MC0_CTL2, mi.MSR_IA32_MC0_CTL2 + _MCE_BANKS)
 
 
 def kvm_get_msr_common(vcpu: Vcpu, index: int, *, host: bool) -> tuple[int, int]:
@@ -105,7 +106,7 @@ def kvm_get_msr_common(vcpu: Vcpu, index: int, *, host: bool) -> tuple[int, int]
     reader = _READERS.get(index)
     if reader is not None:
         return reader(vcpu, host)
-    if index == mi.MSR_IA32_MCG_CTL or index in _MC_BANK_MSRS:
+    if index == mi.MSR_IA32_MCG_CTL or index in _MC_BANK_MSRS or index in _MC_CTL2_MSRS:
         return _get_msr_mce(vcpu, index)
     return KVM_MSR_RET_UNSUPPORTED, 0
 
@@ -141,7 +142,9 @@ _READERS: Final[dict[int, Callable[[Vcpu, bool], tuple[int, int]]]] = {
 
 
 def _get_msr_mce(vcpu: Vcpu, index: int) -> tuple[int, int]:
-    """KVM: get_msr_mce; only the banks that MCG_CAP counts exist."""
+    """KVM: get_msr_mce; only the banks that MCG_CAP counts exist, without corrected-error interrupts."""
+    if index in _MC_CTL2_MSRS:
+        return 1, 0
     if index != mi.MSR_IA32_MCG_CTL and index - mi.MSR_IA32_MC0_CTL >= 4 * (MCG_CAP_DEFAULT & 0xFF):
         return 1, 0
     return 0, vcpu.msrs.get(index, _MASK64 if _is_mci_ctl(index) else 0)
@@ -160,7 +163,7 @@ def kvm_set_msr_common(vcpu: Vcpu, index: int, data: int, *, host: bool) -> int:
         return writer(vcpu, data, host)
     if mtrr.is_mtrr(index) and index != mi.MSR_MTRRcap:
         return mtrr.kvm_mtrr_set_msr(vcpu, index, data)
-    if index == mi.MSR_IA32_MCG_CTL or index in _MC_BANK_MSRS:
+    if index == mi.MSR_IA32_MCG_CTL or index in _MC_BANK_MSRS or index in _MC_CTL2_MSRS:
         return _set_msr_mce(vcpu, index, data, host)
     if index in (mi.MSR_IA32_POWER_CTL, mi.MSR_IA32_TSC_DEADLINE, mi.MSR_IA32_MCG_STATUS):
         vcpu.msrs[index] = data
@@ -333,6 +336,8 @@ _WRITERS: Final[dict[int, Callable[[Vcpu, int, bool], int]]] = {
 
 def _set_msr_mce(vcpu: Vcpu, index: int, data: int, host: bool) -> int:
     """KVM: set_msr_mce; control registers take 0 or all ones, status registers only 0."""
+    if index in _MC_CTL2_MSRS:
+        return 1
     if index == mi.MSR_IA32_MCG_CTL:
         if data not in (0, _MASK64):
             return 1

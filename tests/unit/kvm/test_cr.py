@@ -8,7 +8,6 @@ from support.vcpus import Hooks, make_vcpu
 from emufuzz.arch import cr as crs
 from emufuzz.kvm import vmcs_fields as vf
 from emufuzz.kvm.cr import (
-    kvm_get_active_cr3_lam_bits,
     kvm_get_cr8,
     kvm_lmsw,
     kvm_set_cr0,
@@ -16,7 +15,6 @@ from emufuzz.kvm.cr import (
     kvm_set_cr4,
     kvm_set_cr8,
     kvm_set_xcr,
-    lam_supervisor,
 )
 from emufuzz.kvm.regs import kvm_read_cr0, kvm_read_cr3, kvm_read_cr4
 from emufuzz.kvm.vmx_bits import (
@@ -257,10 +255,3 @@ def test_xcr0(index, xcr0, result):
 def test_xcr0_components_that_go_together(xcr0, result):
     leaf = {"function": 0xD, "eax": 0x600FF}
     assert kvm_set_xcr(make_vcpu(kvm={"cpuid": {"leaves": [leaf]}}), 0, xcr0) == result
-
-
-def test_linear_address_masking_bits():
-    vcpu = make_vcpu(kvm=FEATURES, cr3=1 << 61 | 0x5000, cr4=PAE | 1 << 28)
-    assert kvm_get_active_cr3_lam_bits(vcpu) == 1 << 61
-    assert lam_supervisor(vcpu)
-    assert kvm_get_active_cr3_lam_bits(make_vcpu()) == 0

@@ -8,8 +8,8 @@ from support.vcpus import make_vcpu
 from emufuzz.arch import cr as crs
 from emufuzz.kvm import msr_index as mi
 from emufuzz.kvm import vmcs_fields as vf
+from emufuzz.kvm.address import is_noncanonical_msr_address
 from emufuzz.kvm.msr import (
-    is_noncanonical_msr_address,
     kvm_get_msr,
     kvm_get_msr_with_filter,
     kvm_msr_user_space,
@@ -177,6 +177,8 @@ def test_msrs_that_take_anything(index):
         (mi.MSR_IA32_MC0_CTL + 1, 1, 1),
         (mi.MSR_IA32_MC0_CTL + 2, 1, 0),
         (mi.MSR_IA32_MC0_CTL + 40, 0, 1),  # the eleventh bank
+        (mi.MSR_IA32_MC0_CTL2, 0, 1),
+        (mi.MSR_IA32_MCG_CAP, 0, KVM_MSR_RET_UNSUPPORTED),
         (mi.MSR_IA32_DEBUGCTLMSR, 3, 0),
         (mi.MSR_IA32_DEBUGCTLMSR, 1 << 2, 1),
         (mi.MSR_IA32_FEAT_CTL, 1, 0),
@@ -207,6 +209,7 @@ def test_writes(index, data, result):
         (mi.MSR_IA32_MC0_CTL, (0, ONES)),
         (mi.MSR_IA32_MC0_CTL + 1, (0, 0)),
         (mi.MSR_IA32_MC0_CTL + 40, (1, 0)),
+        (mi.MSR_IA32_MC0_CTL2, (1, 0)),
         (mi.MSR_IA32_SMBASE, (1, 0)),
         (mi.MSR_IA32_XSS, (1, 0)),
         (mi.MSR_IA32_ARCH_CAPABILITIES, (1, 0)),
