@@ -1,6 +1,6 @@
 """Control registers: which values the guest may load, and what hardware gets instead.
 
-KVM: kvm_set_cr0, kvm_set_cr3, kvm_set_cr4, kvm_set_cr8, kvm_lmsw, load_pdptrs, __kvm_set_xcr,
+KVM: kvm_set_cr0, kvm_set_cr3, kvm_set_cr4, kvm_set_cr8, kvm_lmsw, load_pdptrs,
 kvm_post_set_cr0, kvm_post_set_cr4, vmx_set_cr0, vmx_set_cr4, enter_lmode, vmx_set_efer,
 set_cr4_guest_host_mask. SDM Vol. 3A 2.5 "Control Registers", Vol. 3C 24.6.6.
 """
@@ -65,15 +65,6 @@ KVM_MMU_CR0_ROLE_BITS: Final = crs.X86_CR0_PG | crs.X86_CR0_WP
 KVM_MMU_CR4_ROLE_BITS: Final = (
     crs.X86_CR4_PSE | crs.X86_CR4_PAE | crs.X86_CR4_LA57 | crs.X86_CR4_SMEP | crs.X86_CR4_SMAP | X86_CR4_PKE
 )
-
-# XCR0 (SDM Vol. 1 13.3)
-XFEATURE_MASK_FP: Final = 1 << 0
-XFEATURE_MASK_SSE: Final = 1 << 1
-XFEATURE_MASK_YMM: Final = 1 << 2
-XFEATURE_MASK_BNDREGS: Final = 1 << 3
-XFEATURE_MASK_BNDCSR: Final = 1 << 4
-XFEATURE_MASK_AVX512: Final = 7 << 5
-XFEATURE_MASK_XTILE: Final = 3 << 17
 
 _CR3_EXITING_BITS: Final = CPU_BASED_CR3_LOAD_EXITING | CPU_BASED_CR3_STORE_EXITING
 _PDPTE_PRESENT: Final = 1
@@ -338,22 +329,3 @@ def kvm_set_cr8(vcpu: Vcpu, cr8: int) -> int:
 def kvm_get_cr8(vcpu: Vcpu) -> int:
     """CR8, the task priority."""
     return vcpu.cr8
-
-
-def kvm_set_xcr(vcpu: Vcpu, index: int, xcr: int) -> int:
-    """XSETBV without its CPL check: 0, or 1 for #GP (KVM: __kvm_set_xcr; SDM Vol. 1 13.3)."""
-    if index or not xcr & XFEATURE_MASK_FP:
-        return 1
-    if xcr & XFEATURE_MASK_YMM and not xcr & XFEATURE_MASK_SSE:
-        return 1
-    if xcr & ~(vcpu.cpuid.supported_xcr0 | XFEATURE_MASK_FP):
-        return 1
-    if bool(xcr & XFEATURE_MASK_BNDREGS) != bool(xcr & XFEATURE_MASK_BNDCSR):
-        return 1
-    if xcr & XFEATURE_MASK_AVX512:
-        if not xcr & XFEATURE_MASK_YMM or xcr & XFEATURE_MASK_AVX512 != XFEATURE_MASK_AVX512:
-            return 1
-    if xcr & XFEATURE_MASK_XTILE and xcr & XFEATURE_MASK_XTILE != XFEATURE_MASK_XTILE:
-        return 1
-    vcpu.xcr0 = xcr
-    return 0

@@ -124,10 +124,13 @@ def vmx_inject_nmi(vcpu: Vcpu) -> None:
     _clear_hlt(vcpu)
 
 
-def kvm_check_and_inject_events(vcpu: Vcpu) -> None:
+def kvm_check_and_inject_events(vcpu: Vcpu) -> bool:
     """Before an entry: re-inject an interrupted delivery, then inject the first of what is pending.
 
     Interrupts are those that `kvm_queue_interrupt` has queued; there is no interrupt controller.
+
+    Returns:
+        Whether the entry must exit at once, as an NMI waits for the event that goes first.
     """
     if vcpu.exception.injected:
         kvm_inject_exception(vcpu)
@@ -141,13 +144,16 @@ def kvm_check_and_inject_events(vcpu: Vcpu) -> None:
         _inject_pending_exception(vcpu)
         can_inject = False
     if vcpu.guest_debug & KVM_GUESTDBG_BLOCKIRQ or not vcpu.nmi_pending:
-        return
-    if can_inject and not vmx_nmi_blocked(vcpu):
+        return False
+    if not can_inject or (vcpu.guest_mode is not None and vcpu.guest_mode.exit_on_nmi):
+        return True
+    if not vmx_nmi_blocked(vcpu):
         vcpu.nmi_pending -= 1
         vcpu.nmi_injected = True
         vmx_inject_nmi(vcpu)
     if vcpu.nmi_pending:
         vmx_enable_nmi_window(vcpu)
+    return False
 
 
 def _inject_pending_exception(vcpu: Vcpu) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Final
 
 from emufuzz.arch import cr as crs
+from emufuzz.kvm import mce, mtrr
 from emufuzz.kvm import msr_index as mi
-from emufuzz.kvm import mtrr
 from emufuzz.kvm.cr import kvm_update_cpuid_runtime, vmx_set_efer
 from emufuzz.kvm.regs import is_paging
 from emufuzz.kvm.vcpu import IA32_PAT_RESET, KVM_REQ_CLOCK_UPDATE, Vcpu
@@ -32,10 +32,6 @@ APICBASE_ENABLE: Final = 1 << 11
 X2APIC_ENABLE: Final = 1 << 10
 
 _MASK64: Final = (1 << 64) - 1
-_MCE_BANKS: Final = 32
-_MCG_CTL_P: Final = 1 << 8
-MCG_CAP_DEFAULT: Final = 10 | _MCG_CTL_P  # ten banks, as most userspaces set up
-_HWCR_MCSTATUS_WR_EN: Final = 1 << 18
 _HWCR_IGNORED: Final = 0x40 | 0x100 | 0x8
 _HWCR_KNOWN: Final = 1 << 18 | 1 << 24
 
@@ -59,7 +55,7 @@ _CONSTANTS: Final = {
     mi.MSR_IA32_PERF_STATUS: 4 << 40 | 1000,
     mi.MSR_K7_CLK_CTL:       0x20000000,
     mi.MSR_IA32_BBL_CR_CTL3: 0xBE702111,
-    mi.MSR_IA32_MCG_CAP:     MCG_CAP_DEFAULT,
+    mi.MSR_IA32_MCG_CAP:     mce.MCG_CAP,
 }
 #: MSRs that hold what was stored -> their value at reset.
 _STORED: Final = {
@@ -84,9 +80,6 @@ _WRITE_IGNORED: Final = frozenset({
 })
 # fmt: on
 
-_MC_BANK_MSRS: Final = range(mi.MSR_IA32_MC0_CTL, mi.MSR_IA32_MC0_CTL + 4 * _MCE_BANKS)
-_MC_CTL2_MSRS: Final = range(mi.MSR_IA32_MC0_CTL2, mi.MSR_IA32_MC0_CTL2 + _MCE_BANKS)
-
 
 def kvm_get_msr_common(vcpu: Vcpu, index: int, *, host: bool) -> tuple[int, int]:
     """(0, value), (1, 0) for #GP, or (KVM_MSR_RET_UNSUPPORTED, 0); `host`: userspace asks."""
@@ -106,8 +99,8 @@ def kvm_get_msr_common(vcpu: Vcpu, index: int, *, host: bool) -> tuple[int, int]
     reader = _READERS.get(index)
     if reader is not None:
         return reader(vcpu, host)
-    if index == mi.MSR_IA32_MCG_CTL or index in _MC_BANK_MSRS or index in _MC_CTL2_MSRS:
-        return _get_msr_mce(vcpu, index)
+    if mce.is_mce(index):
+        return mce.get_msr_mce(vcpu, index)
     return KVM_MSR_RET_UNSUPPORTED, 0
 
 
@@ -141,19 +134,6 @@ _READERS: Final[dict[int, Callable[[Vcpu, bool], tuple[int, int]]]] = {
 }
 
 
-def _get_msr_mce(vcpu: Vcpu, index: int) -> tuple[int, int]:
-    """KVM: get_msr_mce; only the banks that MCG_CAP counts exist, without corrected-error interrupts."""
-    if index in _MC_CTL2_MSRS:
-        return 1, 0
-    if index != mi.MSR_IA32_MCG_CTL and index - mi.MSR_IA32_MC0_CTL >= 4 * (MCG_CAP_DEFAULT & 0xFF):
-        return 1, 0
-    return 0, vcpu.msrs.get(index, _MASK64 if _is_mci_ctl(index) else 0)
-
-
-def _is_mci_ctl(index: int) -> bool:
-    return index in _MC_BANK_MSRS and index % 4 == 0
-
-
 def kvm_set_msr_common(vcpu: Vcpu, index: int, data: int, *, host: bool) -> int:
     """0, 1 for #GP, or KVM_MSR_RET_UNSUPPORTED; `host`: userspace writes, with fewer checks."""
     if index in _WRITE_IGNORED:
@@ -163,8 +143,8 @@ def kvm_set_msr_common(vcpu: Vcpu, index: int, data: int, *, host: bool) -> int:
         return writer(vcpu, data, host)
     if mtrr.is_mtrr(index) and index != mi.MSR_MTRRcap:
         return mtrr.kvm_mtrr_set_msr(vcpu, index, data)
-    if index == mi.MSR_IA32_MCG_CTL or index in _MC_BANK_MSRS or index in _MC_CTL2_MSRS:
-        return _set_msr_mce(vcpu, index, data, host)
+    if mce.is_mce(index):
+        return mce.set_msr_mce(vcpu, index, data, host=host)
     if index in (mi.MSR_IA32_POWER_CTL, mi.MSR_IA32_TSC_DEADLINE, mi.MSR_IA32_MCG_STATUS):
         vcpu.msrs[index] = data
         return 0
@@ -332,26 +312,6 @@ _WRITERS: Final[dict[int, Callable[[Vcpu, int, bool], int]]] = {
     mi.MSR_IA32_ARCH_CAPABILITIES: _host_only(mi.MSR_IA32_ARCH_CAPABILITIES),
     mi.MSR_IA32_UCODE_REV: _set_ucode_rev,
 }
-
-
-def _set_msr_mce(vcpu: Vcpu, index: int, data: int, host: bool) -> int:
-    """KVM: set_msr_mce; control registers take 0 or all ones, status registers only 0."""
-    if index in _MC_CTL2_MSRS:
-        return 1
-    if index == mi.MSR_IA32_MCG_CTL:
-        if data not in (0, _MASK64):
-            return 1
-    elif index - mi.MSR_IA32_MC0_CTL >= 4 * (MCG_CAP_DEFAULT & 0xFF):
-        return 1
-    elif _is_mci_ctl(index):
-        if data and data | 1 << 10 | 1 != _MASK64:
-            return 1
-    elif index % 4 == 1 and data and not host:
-        writable = vcpu.cpuid.amd_compatible and vcpu.msrs.get(mi.MSR_K7_HWCR, 0) & _HWCR_MCSTATUS_WR_EN
-        if not writable:
-            return 1
-    vcpu.msrs[index] = data
-    return 0
 
 
 def supports_cpuid_fault(vcpu: Vcpu) -> bool:

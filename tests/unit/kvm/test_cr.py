@@ -14,7 +14,6 @@ from emufuzz.kvm.cr import (
     kvm_set_cr3,
     kvm_set_cr4,
     kvm_set_cr8,
-    kvm_set_xcr,
 )
 from emufuzz.kvm.regs import kvm_read_cr0, kvm_read_cr3, kvm_read_cr4
 from emufuzz.kvm.vmx_bits import (
@@ -22,6 +21,7 @@ from emufuzz.kvm.vmx_bits import (
     SECONDARY_EXEC_DESC,
     VM_ENTRY_IA32E_MODE,
 )
+from emufuzz.kvm.xcr import kvm_set_xcr
 
 PE, ET, NE, WP, TS = crs.X86_CR0_PE, crs.X86_CR0_ET, crs.X86_CR0_NE, crs.X86_CR0_WP, crs.X86_CR0_TS
 NW, CD, PG = crs.X86_CR0_NW, crs.X86_CR0_CD, crs.X86_CR0_PG

@@ -235,3 +235,27 @@ def test_an_event_wakes_a_guest_that_halts_without_exit():
         vcpu.vmcs.write(vf.GUEST_ACTIVITY_STATE, 1)
         i.vmx_inject_nmi(vcpu)
         assert vcpu.vmcs.read(vf.GUEST_ACTIVITY_STATE) == state
+
+
+@pytest.mark.parametrize("queue", [e.kvm_inject_gp, lambda v: e.kvm_queue_interrupt(v, 0x21, soft=False)])
+def test_an_nmi_behind_another_event_makes_the_entry_exit_at_once(queue):
+    vcpu = make_vcpu()
+    vcpu.nmi_pending = 1
+    queue(vcpu)
+    assert i.kvm_check_and_inject_events(vcpu)
+    assert vcpu.nmi_pending == 1
+    assert not vcpu.vmcs.read(vf.CPU_BASED_VM_EXEC_CONTROL) & 1 << 22
+
+
+def test_an_nmi_that_l1_takes_is_not_injected_into_l2():
+    vcpu = make_vcpu(kvm={"guest_mode": {"exit_on_nmi": True}})
+    vcpu.nmi_pending = 1
+    assert i.kvm_check_and_inject_events(vcpu)
+    assert entry_info(vcpu) == 0
+
+
+def test_an_nmi_whose_delivery_was_interrupted_is_injected_again():
+    vcpu = make_vcpu()
+    vcpu.nmi_injected = True
+    assert not i.kvm_check_and_inject_events(vcpu)
+    assert entry_info(vcpu) == VALID | 2 << 8 | 2

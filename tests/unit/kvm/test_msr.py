@@ -223,9 +223,14 @@ def test_reads(index, expected):
 
 
 @pytest.mark.parametrize(
-    ("index", "data"), [(mi.MSR_IA32_SMBASE, 0x40000), (mi.MSR_PLATFORM_INFO, 0), (mi.MSR_IA32_ARCH_CAPABILITIES, 8),
-                        (mi.MSR_IA32_UCODE_REV, 7)]
-)  # fmt: skip
+    ("index", "data"),
+    [
+        (mi.MSR_IA32_SMBASE, 0x40000),
+        (mi.MSR_PLATFORM_INFO, 0),
+        (mi.MSR_IA32_ARCH_CAPABILITIES, 8),
+        (mi.MSR_IA32_UCODE_REV, 7),
+    ],
+)
 def test_userspace_may_write_more(index, data):
     vcpu = make_vcpu()
     assert kvm_set_msr(vcpu, index, data, host=True) == 0
@@ -351,3 +356,35 @@ def test_userspace_gets_the_failures_it_asked_for(mask, result, leaves):
     assert vcpu.complete_userspace_io is completion
     assert kvm_msr_user_space(vcpu, 0x174, 0x55, completion, result)
     assert (vcpu.run.exit_reason, vcpu.run.data["data"]) == ("X86_WRMSR", 0x55)
+
+
+def test_control_msrs_of_features_that_the_guest_has():
+    vcpu = with_features("xsaves", "arch_capabilities")
+    assert kvm_set_msr(vcpu, mi.MSR_IA32_XSS, 0) == 0
+    assert kvm_set_msr(vcpu, mi.MSR_IA32_XSS, 1 << 8) == 1
+    assert kvm_get_msr(vcpu, mi.MSR_IA32_XSS) == (0, 0)
+    assert kvm_get_msr(vcpu, mi.MSR_IA32_ARCH_CAPABILITIES) == (0, 0)
+
+
+def test_machine_check_status_is_writable_where_amd_says_so():
+    vcpu = make_vcpu(vendor="amd")
+    assert kvm_set_msr(vcpu, mi.MSR_IA32_MC0_CTL + 1, 5) == 1
+    kvm_set_msr(vcpu, mi.MSR_K7_HWCR, 1 << 18)
+    assert kvm_set_msr(vcpu, mi.MSR_IA32_MC0_CTL + 1, 5) == 0
+    assert kvm_get_msr(vcpu, mi.MSR_IA32_MC0_CTL + 1) == (0, 5)
+
+
+@pytest.mark.parametrize("index", [mi.MSR_AMD64_NB_CFG, mi.MSR_K7_CLK_CTL, mi.MSR_P6_EVNTSEL0])
+def test_writes_without_effect(index):
+    vcpu = make_vcpu()
+    before = kvm_get_msr(vcpu, index)
+    assert kvm_set_msr(vcpu, index, 0x55) == 0
+    assert kvm_get_msr(vcpu, index) == before
+
+
+def test_the_local_apic_shows_in_cpuid():
+    vcpu = make_vcpu()
+    kvm_set_msr(vcpu, mi.MSR_IA32_APICBASE, 0xFEE00000)
+    assert not vcpu.cpuid.has("apic")
+    kvm_set_msr(vcpu, mi.MSR_IA32_APICBASE, 0xFEE00800)
+    assert vcpu.cpuid.has("apic")
