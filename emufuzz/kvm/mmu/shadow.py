@@ -126,7 +126,10 @@ class ShadowMmu:
     def child_sp(
         self, sp: ShadowPage, index: int, gfn: int, direct: bool, access: int, paging: GuestPaging
     ) -> ShadowPage:
-        """The page below an entry, made or found if need be, and linked (KVM: kvm_mmu_get_child_sp)."""
+        """The page below an entry, made or found if need be, and linked (KVM: kvm_mmu_get_child_sp).
+
+        Before it is linked it is synchronised: hardware must not find there what the guest removed.
+        """
         quadrant = index & 1 if paging.has_4_byte_gpte and not direct else sp.role.quadrant
         role = sp.role._replace(level=sp.role.level - 1, access=access, direct=direct, quadrant=quadrant)
         child = sp.children.get(index)
@@ -134,6 +137,8 @@ class ShadowMmu:
             return child
         self.zap_pte(sp, index)
         child = self._get(gfn, role, paging)
+        if role.level > 1:
+            self.sync_children(child, paging)
         sp.children[index] = child
         child.parents.add((sp, index))
         return child

@@ -94,8 +94,6 @@ def fetch(mmu: KvmMmu, fault: PageFault, walker: GuestWalker, paging: GuestPagin
         table_gfn = walker.table_gfn[below]
         index = spte_index(fault.addr, sp.role.level)
         sp = shadow.child_sp(sp, index, table_gfn, False, walker.pt_access[below], paging)
-        if sp.role.level > 1:
-            shadow.sync_children(sp, paging)
         if sp.invalid or _gpte_changed(mmu, walker, below, size):
             return RET_PF_RETRY
         if fault.write and table_gfn == fault.gfn:
