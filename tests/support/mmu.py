@@ -6,16 +6,11 @@ from dataclasses import dataclass, field
 
 from emufuzz.emulator.ctxt import X86Exception
 from emufuzz.kvm.memslots import GuestMemory
+from emufuzz.kvm.mmu.hardware import EXIT_REASON_EPT_MISCONFIG, ept_exit, shadow_exit
 from emufuzz.kvm.mmu.mmu import KvmMmu
 from emufuzz.kvm.mmu.page_fault import PageFaultResult, kvm_mmu_page_fault
-from emufuzz.kvm.mmu.shadow_fault import shadow_exit
 from emufuzz.kvm.mmu.state import PlainPagingState
-from emufuzz.kvm.mmu.tdp import (
-    EPT_MISCONFIG_ERROR_CODE,
-    EXIT_REASON_EPT_MISCONFIG,
-    ept_exit,
-    ept_violation_error_code,
-)
+from emufuzz.kvm.mmu.tdp import EPT_MISCONFIG_ERROR_CODE, ept_violation_error_code
 from emufuzz.kvm.options import KvmOptions
 
 

@@ -1,27 +1,19 @@
 """Page faults with shadow paging: the guest's own, those that KVM fixes, and those it emulates.
 
-KVM: FNAME(page_fault), FNAME(fetch), mmu_set_spte (Linux 6.12). `shadow_exit` stands for the processor,
-which walks the shadow tables and raises the #PF that KVM intercepts.
+KVM: FNAME(page_fault), FNAME(fetch), mmu_set_spte (Linux 6.12).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from emufuzz.arch.cr import X86_CR4_SMAP
-from emufuzz.arch.rflags import X86_EFLAGS_AC
 from emufuzz.kvm.mmu.fault import PageFault, kvm_faultin_pfn, page_fault_handle_page_track
-from emufuzz.kvm.mmu.paging import GuestPaging, guest_paging, permission_bitmask
+from emufuzz.kvm.mmu.paging import GuestPaging, guest_paging
 from emufuzz.kvm.mmu.pferr import (
     ACC_EXEC_MASK,
     ACC_USER_MASK,
     ACC_WRITE_MASK,
-    PFERR_FETCH_MASK,
-    PFERR_IMPLICIT_ACCESS,
-    PFERR_PRESENT_MASK,
     PFERR_RSVD_MASK,
-    PFERR_USER_MASK,
-    PFERR_WRITE_MASK,
     RET_PF_CONTINUE,
     RET_PF_EMULATE,
     RET_PF_FIXED,
@@ -30,7 +22,7 @@ from emufuzz.kvm.mmu.pferr import (
     RET_PF_WRITE_PROTECTED,
 )
 from emufuzz.kvm.mmu.shadow_page import ShadowPage, spte_index
-from emufuzz.kvm.mmu.spte import SHADOW_NONPRESENT_VALUE, is_shadow_present_pte
+from emufuzz.kvm.mmu.spte import SHADOW_NONPRESENT_VALUE
 from emufuzz.kvm.mmu.walker import GuestWalker, walk_addr_generic
 
 if TYPE_CHECKING:
@@ -122,31 +114,3 @@ def mmu_set_spte(mmu: KvmMmu, sp: ShadowPage, fault: PageFault, pte_access: int)
     if wrprot and fault.write:
         return RET_PF_WRITE_PROTECTED
     return RET_PF_SPURIOUS if spte == old else RET_PF_FIXED
-
-
-def shadow_exit(mmu: KvmMmu, gva: int, access: int) -> int | None:
-    """The error code of the #PF that hardware raises on the shadow tables, None if it finds a translation.
-
-    Args:
-        mmu: An MMU without EPT; the guest has paging on or not.
-        gva: Linear address, which without paging is the physical one.
-        access: PFERR_WRITE/USER/FETCH_MASK and PFERR_IMPLICIT_ACCESS.
-    """
-    vcpu, masks = mmu.vcpu, mmu.masks
-    bits = access & (PFERR_WRITE_MASK | PFERR_USER_MASK | PFERR_FETCH_MASK)
-    spte = mmu.get_spte(gva)
-    if masks.is_mmio_spte(spte):
-        return bits | PFERR_PRESENT_MASK | PFERR_RSVD_MASK
-    if not is_shadow_present_pte(spte):
-        return bits
-    index = bits
-    if vcpu.rflags & X86_EFLAGS_AC and not access & PFERR_IMPLICIT_ACCESS:
-        index |= PFERR_RSVD_MASK
-    # KVM runs the guest with CR0.WP and EFER.NX set, whatever the guest thinks it has.
-    # SMEP and SMAP are the guest's own, but only while it has paging on.
-    smap = bool(vcpu.cr4 & X86_CR4_SMAP) and not mmu.direct
-    smep = guest_paging(vcpu).smep and not mmu.direct
-    permissions = permission_bitmask(True, True, smep, smap)
-    if permissions[index >> 1] >> masks.access(spte) & 1:
-        return bits | PFERR_PRESENT_MASK
-    return None

@@ -1,7 +1,6 @@
 """Direct translation: guest physical frames to host frames, through EPT or for a guest without paging.
 
-KVM: kvm_tdp_page_fault, fast_page_fault, tdp_mmu_map_handle_target_level, direct_map (Linux 6.12);
-what hardware does with the entries: SDM Vol. 3C 28.3.3 "EPT-Induced VM Exits", Table 28-7.
+KVM: kvm_tdp_page_fault, fast_page_fault, tdp_mmu_map_handle_target_level, direct_map (Linux 6.12).
 Everything is mapped in pages of 4 KiB.
 """
 
@@ -30,10 +29,7 @@ from emufuzz.kvm.mmu.pferr import (
 )
 from emufuzz.kvm.mmu.spte import (
     SHADOW_NONPRESENT_VALUE,
-    VMX_EPT_EXECUTABLE_MASK,
-    VMX_EPT_READABLE_MASK,
     VMX_EPT_RWX_MASK,
-    VMX_EPT_WRITABLE_MASK,
     is_access_allowed,
     is_shadow_present_pte,
 )
@@ -48,9 +44,6 @@ EPT_VIOLATION_ACC_INSTR: Final = 1 << 2
 EPT_VIOLATION_RWX_SHIFT: Final = 3
 EPT_VIOLATION_GVA_IS_VALID: Final = 1 << 7
 EPT_VIOLATION_GVA_TRANSLATED: Final = 1 << 8
-
-EXIT_REASON_EPT_VIOLATION: Final = 48
-EXIT_REASON_EPT_MISCONFIG: Final = 49
 
 
 def fast_page_fault(mmu: KvmMmu, fault: PageFault) -> int:
@@ -100,35 +93,6 @@ def direct_map(mmu: KvmMmu, fault: PageFault) -> int:
     if wrprot and fault.write:
         return RET_PF_WRITE_PROTECTED
     return RET_PF_SPURIOUS if spte == old else RET_PF_FIXED
-
-
-def ept_exit(mmu: KvmMmu, gpa: int, access: int) -> tuple[int, int] | None:
-    """The exit that hardware takes for an access: (exit reason, exit qualification), None if it has none.
-
-    Args:
-        mmu: An MMU with EPT.
-        gpa: Guest physical address.
-        access: PFERR_WRITE_MASK or PFERR_FETCH_MASK, or neither for a read; PFERR_GUEST_PAGE_MASK
-            if the guest's tables are read, PFERR_GUEST_FINAL_MASK for the translated access.
-    """
-    spte = mmu.direct_map.get(gpa >> 12, SHADOW_NONPRESENT_VALUE)
-    if mmu.masks.is_mmio_spte(spte):
-        return EXIT_REASON_EPT_MISCONFIG, 0
-    rights = spte & VMX_EPT_RWX_MASK if is_shadow_present_pte(spte) else 0
-    if access & PFERR_WRITE_MASK:
-        needed = VMX_EPT_WRITABLE_MASK
-    elif access & PFERR_FETCH_MASK:
-        needed = VMX_EPT_EXECUTABLE_MASK
-    else:
-        needed = VMX_EPT_READABLE_MASK
-    if rights & needed:
-        return None
-    qualification = needed | rights << EPT_VIOLATION_RWX_SHIFT
-    if access & (PFERR_GUEST_FINAL_MASK | PFERR_GUEST_PAGE_MASK):
-        qualification |= EPT_VIOLATION_GVA_IS_VALID
-    if access & PFERR_GUEST_FINAL_MASK:
-        qualification |= EPT_VIOLATION_GVA_TRANSLATED
-    return EXIT_REASON_EPT_VIOLATION, qualification
 
 
 def ept_violation_error_code(qualification: int) -> int:

@@ -54,7 +54,8 @@ class GuestWalker:
     """struct guest_walker: what a walk found. Lists are indexed by level, 1 = last.
 
     Attributes:
-        level: Level of the entry that maps the page: 1 = 4 KiB, 2 = 2 or 4 MiB, 3 = 1 GiB.
+        level: Level of the entry that maps the page: 1 = 4 KiB, 2 = 2 or 4 MiB, 3 = 1 GiB; if the
+            walk failed, that of the last entry looked at.
         max_level: Level of the first entry read from memory.
         table_gfn: Guest frames of the tables.
         ptes: The entries, with the accessed and dirty bits that the walk set.
@@ -124,6 +125,9 @@ def _walk64(walker: GuestWalker, paging: GuestPaging, slots: KvmMemslots, addr: 
         level -= 1
         gfn = (pte & _BASE_ADDR_MASK) >> 12
         offset = (addr >> 9 * level + 3 & 511) * 8
+        walker.level = level
+        walker.table_gfn[level] = gfn
+        walker.pte_gpa[level] = gfn << 12 | offset
         slot = slots.gfn_to_memslot(gfn)
         if slot is None or not kvm_is_visible_memslot(slot):
             return -1
@@ -132,9 +136,6 @@ def _walk64(walker: GuestWalker, paging: GuestPaging, slots: KvmMemslots, addr: 
             return -1
         if pte & rsvd[pte >> 7 & 1][level]:
             return -1 - (PFERR_RSVD_MASK | PFERR_PRESENT_MASK)
-        walker.level = level
-        walker.table_gfn[level] = gfn
-        walker.pte_gpa[level] = gfn << 12 | offset
         walker.slots[level] = slot
         walker.ptes[level] = pte
         walker.pt_access[level] = (access & _RIGHTS) ^ ((access ^ PT64_NX_MASK) >> 63)
@@ -151,6 +152,9 @@ def _walk32(walker: GuestWalker, paging: GuestPaging, slots: KvmMemslots, addr: 
         level -= 1
         gfn = (pte & _BASE_ADDR_MASK32) >> 12
         offset = (addr >> 10 * level + 2 & 1023) * 4
+        walker.level = level
+        walker.table_gfn[level] = gfn
+        walker.pte_gpa[level] = gfn << 12 | offset
         slot = slots.gfn_to_memslot(gfn)
         if slot is None or not kvm_is_visible_memslot(slot):
             return -1
@@ -160,9 +164,6 @@ def _walk32(walker: GuestWalker, paging: GuestPaging, slots: KvmMemslots, addr: 
         # Bit 7 of a directory entry is ignored, not reserved, without CR4.PSE.
         if pte & paging.rsvd[pte >> 7 & 1][level]:
             return -1 - (PFERR_RSVD_MASK | PFERR_PRESENT_MASK)
-        walker.level = level
-        walker.table_gfn[level] = gfn
-        walker.pte_gpa[level] = gfn << 12 | offset
         walker.slots[level] = slot
         walker.ptes[level] = pte
         walker.pt_access[level] = access & _RIGHTS
@@ -189,7 +190,11 @@ def walk_addr_generic(state: PagingState, slots: KvmMemslots, addr: int, access:
     walk = _walk32 if paging.has_4_byte_gpte else _walk64
     while True:
         root = _root(walker, state, paging, addr)
-        rights = walk(walker, paging, slots, addr, root) if root and not paging.bugged else -1
+        if root and not paging.bugged:
+            rights = walk(walker, paging, slots, addr, root)
+        else:
+            walker.level += 1  # no entry was looked at
+            rights = -1
         if rights < 0:
             return _fault(walker, paging, addr, access, -1 - rights)
         pte = walker.ptes[walker.level]

@@ -9,6 +9,7 @@ from support.page_tables import ADDR, ALL, TARGET, Chain, W
 from emufuzz.arch.cr import X86_CR0_PG, X86_CR0_WP
 from emufuzz.emulator.ctxt import X86Exception
 from emufuzz.kvm.memslots import KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS, GuestMemory
+from emufuzz.kvm.mmu.hardware import shadow_exit
 from emufuzz.kvm.mmu.mmio import MmioCache, check_mmio_spte, vcpu_is_mmio_gpa, vcpu_mmio_gva_to_gpa
 from emufuzz.kvm.mmu.page_fault import kvm_mmu_page_fault
 from emufuzz.kvm.mmu.pferr import (
@@ -22,7 +23,6 @@ from emufuzz.kvm.mmu.pferr import (
     PFERR_WRITE_MASK,
     RET_PF_EMULATE,
 )
-from emufuzz.kvm.mmu.shadow_fault import shadow_exit
 from emufuzz.kvm.mmu.spte import ept_masks, get_mmio_spte_generation, shadow_masks
 
 GPA = TARGET << 12 | ADDR & 0xFFF

@@ -12,6 +12,7 @@ from emufuzz.arch.cr import EFER_NX, X86_CR0_WP, X86_CR4_SMAP, X86_CR4_SMEP
 from emufuzz.arch.rflags import X86_EFLAGS_AC
 from emufuzz.kvm.memslots import KVM_MEM_READONLY
 from emufuzz.kvm.mmu.fault import PageFault
+from emufuzz.kvm.mmu.hardware import shadow_exit
 from emufuzz.kvm.mmu.page_fault import kvm_mmu_page_fault, kvm_mmu_unprotect_gfn_and_retry
 from emufuzz.kvm.mmu.paging import guest_paging
 from emufuzz.kvm.mmu.pferr import (
@@ -27,7 +28,7 @@ from emufuzz.kvm.mmu.pferr import (
     RET_PF_RETRY,
     RET_PF_SPURIOUS,
 )
-from emufuzz.kvm.mmu.shadow_fault import fetch, shadow_exit
+from emufuzz.kvm.mmu.shadow_fault import fetch
 from emufuzz.kvm.mmu.walker import walk_addr_generic
 
 WRITE, USER, FETCH, PRESENT = PFERR_WRITE_MASK, PFERR_USER_MASK, PFERR_FETCH_MASK, PFERR_PRESENT_MASK

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.mmu import ept_access, make_mmu
-from support.page_tables import Chain
+from support.page_tables import ADDR, ROOT, TARGET, Chain
 
 from emufuzz.kvm.memslots import (
     APIC_ACCESS_PAGE_PRIVATE_MEMSLOT,
@@ -12,7 +12,13 @@ from emufuzz.kvm.memslots import (
     KVM_MEM_READONLY,
     GuestMemory,
 )
-from emufuzz.kvm.mmu.page_fault import kvm_mmu_page_fault
+from emufuzz.kvm.mmu.hardware import (
+    EXIT_REASON_EPT_MISCONFIG,
+    EXIT_REASON_EPT_VIOLATION,
+    ept_exit,
+    ept_guest_access,
+)
+from emufuzz.kvm.mmu.page_fault import kvm_mmu_page_fault, kvm_mmu_write_protect_fault
 from emufuzz.kvm.mmu.paging import guest_paging
 from emufuzz.kvm.mmu.pferr import (
     ACC_ALL,
@@ -32,12 +38,7 @@ from emufuzz.kvm.mmu.pferr import (
     RET_PF_SPURIOUS,
 )
 from emufuzz.kvm.mmu.shadow_page import ShadowRole
-from emufuzz.kvm.mmu.tdp import (
-    EXIT_REASON_EPT_MISCONFIG,
-    EXIT_REASON_EPT_VIOLATION,
-    ept_exit,
-    ept_violation_error_code,
-)
+from emufuzz.kvm.mmu.tdp import ept_violation_error_code
 
 RAM, ROM, HOLE = 0x1000, 0x2000, 0x9000
 READ, WRITE, FETCH = 0, PFERR_WRITE_MASK, PFERR_FETCH_MASK
@@ -270,7 +271,7 @@ def test_the_qualification_has_the_rights_of_the_entry_and_what_was_translated()
     _results(mmu, ROM)
     access = WRITE | PFERR_GUEST_FINAL_MASK
     assert ept_exit(mmu, ROM, access) == (EXIT_REASON_EPT_VIOLATION, 2 | 5 << 3 | 3 << 7)
-    assert ept_exit(mmu, HOLE, PFERR_GUEST_PAGE_MASK) == (EXIT_REASON_EPT_VIOLATION, 1 | 1 << 7)
+    assert ept_exit(mmu, HOLE, PFERR_GUEST_PAGE_MASK) == (EXIT_REASON_EPT_VIOLATION, 3 | 1 << 7)
 
 
 def test_invlpg_leaves_the_mmio_cache_to_ept_guests_alone():
@@ -307,3 +308,71 @@ def test_ept_ignores_the_guests_tables():
     mmu = make_mmu(chain.memory, chain.state)
     assert mmu.direct
     assert _results(mmu, 0x10000) == [RET_PF_FIXED]
+
+
+def _hardware_walk(mmu, access=0):
+    """The exits until an access of a linear address is through."""
+    exits = []
+    while (done := ept_guest_access(mmu, ADDR, access)).exit_reason:
+        exits.append((done.gpa >> 12, done.qualification & 0x187))
+        kvm_mmu_page_fault(mmu, done.gpa, ept_violation_error_code(done.qualification))
+    return exits, done
+
+
+def test_the_guests_tables_fault_before_the_page():
+    chain = Chain("4-level")
+    chain.memory.set_memory_region(1, TARGET, 1)
+    mmu = make_mmu(chain.memory, chain.state)
+    exits, done = _hardware_walk(mmu, WRITE)
+    tables = [(frame, 3 | 1 << 7) for frame in range(ROOT, ROOT + 4)]
+    assert exits == [*tables, (TARGET, 2 | 3 << 7)]
+    assert done == (0, 0, TARGET << 12 | ADDR & 0xFFF, None)
+    assert _hardware_walk(mmu)[0] == []
+
+
+def test_a_guest_fault_comes_after_the_tables_that_were_read():
+    chain = Chain("4-level", {2: 0})
+    mmu = make_mmu(chain.memory, chain.state)
+    exits, done = _hardware_walk(mmu, WRITE)
+    assert [frame for frame, _ in exits] == [ROOT, ROOT + 1, ROOT + 2]
+    assert done.fault is not None
+    assert done.fault.error_code == WRITE
+
+
+def test_a_table_in_a_hole_is_an_exit_not_a_guest_fault():
+    chain = Chain("4-level")
+    mmu = make_mmu(chain.memory, chain.state)
+    mmu.vcpu.cr3 = HOLE
+    done = ept_guest_access(mmu, ADDR, 0)
+    assert (done.exit_reason, done.qualification, done.gpa) == (
+        EXIT_REASON_EPT_VIOLATION,
+        3 | 1 << 7,
+        HOLE + 8 * (ADDR >> 39),
+    )
+
+
+def test_without_paging_the_linear_address_is_physical():
+    mmu = _mmu()
+    assert ept_guest_access(mmu, RAM, FETCH) == (EXIT_REASON_EPT_VIOLATION, 4 | 3 << 7, RAM, None)
+    _results(mmu, RAM)
+    assert ept_guest_access(mmu, RAM, FETCH) == (0, 0, RAM, None)
+
+
+def test_an_mmio_cache_hit_on_a_protected_frame_is_emulated_without_retry():
+    mmu = _mmu()
+    mmu.write_track_add_gfn(1)
+    mmu.mmio.store(mmu.slots.generation, 0, 1, 0)
+    assert kvm_mmu_write_protect_fault(mmu, RAM, WRITE) == (RET_PF_EMULATE, 0)
+
+
+def test_losing_w_flushes_only_if_there_was_one():
+    mmu = _mmu()
+    mmu.write_track_add_gfn(1)
+    assert mmu.flushes["remote_tlb_gfn"] == 0
+    mmu.write_track_remove_gfn(1)
+    _results(mmu, RAM, WRITE)
+    mmu.write_track_add_gfn(1)
+    mmu.write_track_add_gfn(1)
+    assert mmu.flushes["remote_tlb_gfn"] == 1
+    mmu.write_track_remove_gfn(1)
+    assert mmu.write_tracked == {1: 1}
