@@ -153,7 +153,7 @@ class Outcome(msgspec.Struct, gc=False):
     """
 
     id: str
-    gpr: tuple[int, ...] | list[int]
+    gpr: tuple[int, ...]
     rip: int
     rflags: int
     system: System

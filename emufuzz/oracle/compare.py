@@ -84,9 +84,7 @@ def agree(a: Outcome, b: Outcome) -> bool:
 
     The fast path: a False says only that `compare` must look.
     """
-    if a.rip != b.rip or a.rc != b.rc or a.exception != b.exception or a.crash:
-        return False
-    if a.gpr != b.gpr and tuple(a.gpr) != tuple(b.gpr):  # one may be a list
+    if a.rip != b.rip or a.rc != b.rc or a.gpr != b.gpr or a.exception != b.exception or a.crash:
         return False
     if a.rflags != b.rflags and (
         a.exception is not None or (a.rflags ^ b.rflags) & ~_ALWAYS_UNDEFINED.get(a.leaf, 0)

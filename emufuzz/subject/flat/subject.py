@@ -135,7 +135,7 @@ class FlatSubject:
         opcode = ctxt.opcode
         outcome = Outcome(
             case.id,
-            ops.gpr,
+            tuple(ops.gpr),
             rip,
             rflags,
             ops.system,

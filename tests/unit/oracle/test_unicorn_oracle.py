@@ -154,3 +154,16 @@ def test_code_over_the_end_of_linear_memory_is_not_run(oracle, case):
     outcome = oracle.run([built])[0]
     assert outcome.unchecked == (("all", "unicorn-code-wrap"),)
     assert (outcome.rip, outcome.gpr) == (built.rip, built.gpr)
+
+
+def test_a_change_of_paging_registers_does_not_reach_the_next_case(oracle, case):
+    """MOV to CR0 clears PG behind the hidden page tables: the TLB must not keep what follows from it."""
+    store = case("prot32", "8903", {0: 0x11223344, 3: 0x8000})
+    gprs = (0x60000011, *store.gpr[1:])
+    paging_off = msgspec.structs.replace(store, code=bytes.fromhex("0f22c0f4"), gpr=gprs, rip=store.rip + 64)
+    stores = [msgspec.structs.replace(store, rip=store.rip + 32 * slot) for slot in range(4, 8)]
+    expected = [outcome.pages for outcome in oracle.run(stores)]
+    moved = [msgspec.structs.replace(store, rip=store.rip + 32 * slot) for slot in range(8, 12)]
+    outcomes = oracle.run([paging_off, *moved])[1:]
+    assert [outcome.pages for outcome in outcomes] == expected
+    assert {outcome.rc for outcome in outcomes} == {"continue"}
