@@ -172,12 +172,3 @@ def shadow_masks(host_maxphyaddr: int) -> SpteMasks:
         mmio_access_mask=ACC_WRITE_MASK | ACC_USER_MASK,
         mmio_gfn_mask=(1 << host_maxphyaddr) - (1 << 12),
     )
-
-
-def is_access_allowed(masks: SpteMasks, spte: int, *, fetch: bool, write: bool) -> bool:
-    """The entry lets the access through; user rights are not looked at (KVM: is_access_allowed)."""
-    if fetch:
-        return bool(masks.access(spte) & ACC_EXEC_MASK)
-    if write:
-        return bool(spte & PT_WRITABLE_MASK)
-    return is_shadow_present_pte(spte)

@@ -30,7 +30,6 @@ from emufuzz.kvm.mmu.pferr import (
 from emufuzz.kvm.mmu.spte import (
     SHADOW_NONPRESENT_VALUE,
     VMX_EPT_RWX_MASK,
-    is_access_allowed,
     is_shadow_present_pte,
 )
 
@@ -47,14 +46,18 @@ EPT_VIOLATION_GVA_TRANSLATED: Final = 1 << 8
 
 
 def fast_page_fault(mmu: KvmMmu, fault: PageFault) -> int:
-    """Give W back to an entry that lost it to dirty logging; RET_PF_INVALID if that is not the matter."""
+    """Give W back to an entry that lost it to dirty logging; RET_PF_INVALID if that is not the matter.
+
+    Only write-protection is a matter here: with accessed bits in hardware no entry is tracked by
+    being made inaccessible.
+    """
     if fault.rsvd or not fault.present or not fault.write:
         return RET_PF_INVALID
     entries, masks = mmu.direct_map, mmu.masks
     spte = entries.get(fault.gfn, SHADOW_NONPRESENT_VALUE)
     if not is_shadow_present_pte(spte):
         return RET_PF_INVALID
-    if is_access_allowed(masks, spte, fetch=fault.fetch, write=fault.write):
+    if spte & PT_WRITABLE_MASK:
         mmu.stats["pf_fast"] += 1
         return RET_PF_SPURIOUS
     if not spte & masks.mmu_writable:

@@ -10,7 +10,7 @@ from support.page_tables import ADDR, ALL, MODES, NX, ROOT, TARGET, TOP, A, Chai
 
 from emufuzz.arch.cr import EFER_NX, X86_CR0_WP, X86_CR4_SMAP, X86_CR4_SMEP
 from emufuzz.arch.rflags import X86_EFLAGS_AC
-from emufuzz.kvm.memslots import KVM_MEM_READONLY
+from emufuzz.kvm.memslots import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_MEMSLOT_INVALID
 from emufuzz.kvm.mmu.fault import PageFault
 from emufuzz.kvm.mmu.hardware import shadow_exit
 from emufuzz.kvm.mmu.page_fault import kvm_mmu_page_fault, kvm_mmu_unprotect_gfn_and_retry
@@ -455,3 +455,67 @@ def test_an_entry_that_changed_since_the_walk_means_retry(level):
     fault.gfn = walker.gfn
     fault.slot = slots.gfn_to_memslot(fault.gfn)
     assert fetch(guest.mmu, fault, walker, guest_paging(vcpu)) == RET_PF_RETRY
+
+
+def _out_of_sync(**options):
+    """A guest that may write natively to the table that maps ADDR (index 1) and SECOND (index 2)."""
+    guest = Guest(**options)
+    guest.run(WRITE)
+    assert guest.run(WRITE, _map_table(guest, 1)) == [RET_PF_FIXED]
+    assert guest.leaf.unsync
+    return guest
+
+
+def test_a_table_does_not_become_writable_by_synchronising():
+    guest = _out_of_sync()
+    third = SECOND + 0x1000
+    entry = guest.chain.pte_gpa[1] + 16
+    table = entry & ~0xFFF
+    guest.chain.slots.write_guest(entry, struct.pack("<Q", table | ALL & ~W))
+    assert guest.run(0, third) == [RET_PF_FIXED]
+    guest.chain.slots.write_guest(entry, struct.pack("<Q", table | ALL))
+    guest.mmu.invlpg(third)
+    assert shadow_exit(guest.mmu, third, WRITE) == PRESENT | WRITE
+    assert guest.run(WRITE, third) == [RET_PF_FIXED]
+
+
+def test_a_page_that_becomes_clean_is_not_writable_any_more():
+    guest = _out_of_sync()
+    guest.chain.slots.write_guest(guest.chain.pte_gpa[1], struct.pack("<Q", TARGET << 12 | ALL & ~D))
+    guest.mmu.invlpg(ADDR)
+    assert shadow_exit(guest.mmu, ADDR, WRITE) == PRESENT | WRITE
+    assert guest.run(WRITE) == [RET_PF_FIXED]
+    assert guest.chain.entry(1) & D
+
+
+def test_what_is_out_of_sync_goes_with_the_page_above():
+    guest = _out_of_sync()
+    leaf = guest.leaf
+    guest.mmu.shadow.zap(guest.mmu.shadow.indirect_pages(guest.chain.pte_gpa[2] >> 12)[0])
+    assert leaf.invalid
+    assert guest.run() == [RET_PF_FIXED]
+
+
+@pytest.mark.parametrize("how", ["invlpg", "cr3"])
+def test_a_table_that_cannot_be_read_loses_its_entries(how):
+    guest = _out_of_sync()
+    leaf = guest.leaf
+    slot = guest.mmu.slots.gfn_to_memslot(guest.chain.pte_gpa[1] >> 12)
+    root_visible = guest.mmu.shadow.roots
+    if how == "invlpg":
+        slot.flags |= KVM_MEMSLOT_INVALID
+        guest.mmu.invlpg(ADDR)
+        assert 1 not in leaf.spt
+        return
+    slot.flags |= KVM_MEMSLOT_INVALID
+    guest.mmu.shadow.sync_children(root_visible[0], guest_paging(guest.mmu.vcpu))
+    assert leaf.invalid
+
+
+def test_writable_entries_make_logged_frames_dirty():
+    guest = Guest(ram_flags=KVM_MEM_LOG_DIRTY_PAGES)
+    guest.run(WRITE)
+    assert (0, guest.gfn) in guest.memory.dirty
+    guest.memory.get_dirty_log(guest.mmu.slots.gfn_to_memslot(guest.gfn))
+    assert guest.run(WRITE) == [RET_PF_FIXED]
+    assert (0, guest.gfn) in guest.memory.dirty

@@ -376,3 +376,15 @@ def test_losing_w_flushes_only_if_there_was_one():
     assert mmu.flushes["remote_tlb_gfn"] == 1
     mmu.write_track_remove_gfn(1)
     assert mmu.write_tracked == {1: 1}
+
+
+def test_write_protection_of_nothing_is_an_ordinary_fault():
+    assert kvm_mmu_page_fault(_mmu(), RAM, PFERR_WRITE_MASK | PFERR_PRESENT_MASK).result == RET_PF_FIXED
+
+
+def test_mapping_a_logged_frame_makes_it_dirty_even_for_a_read():
+    memory = GuestMemory({})
+    memory.set_memory_region(0, 1, 1, KVM_MEM_LOG_DIRTY_PAGES)
+    mmu = make_mmu(memory)
+    assert _results(mmu, RAM) == [RET_PF_FIXED]
+    assert memory.dirty == {(0, 1)}
