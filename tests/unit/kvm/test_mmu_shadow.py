@@ -20,6 +20,7 @@ from emufuzz.kvm.mmu.pferr import (
     EMULTYPE_PF,
     EMULTYPE_WRITE_PF_TO_SP,
     PFERR_FETCH_MASK,
+    PFERR_IMPLICIT_ACCESS,
     PFERR_PRESENT_MASK,
     PFERR_USER_MASK,
     PFERR_WRITE_MASK,
@@ -519,3 +520,17 @@ def test_writable_entries_make_logged_frames_dirty():
     guest.memory.get_dirty_log(guest.mmu.slots.gfn_to_memslot(guest.gfn))
     assert guest.run(WRITE) == [RET_PF_FIXED]
     assert (0, guest.gfn) in guest.memory.dirty
+
+
+def test_implicit_accesses_with_ac_set_do_not_get_on():
+    """KVM deviation: a #PF does not tell that SMAP stopped an implicit access (SDM Vol. 3A 4.6.1).
+
+    The walk takes it for an explicit one, which RFLAGS.AC permits, and finds nothing to fix.
+    """
+    guest = Guest(cr4=X86_CR4_SMAP)
+    guest.run(USER)
+    guest.mmu.vcpu.rflags |= X86_EFLAGS_AC
+    for _ in range(3):
+        assert shadow_exit(guest.mmu, ADDR, PFERR_IMPLICIT_ACCESS) == PRESENT
+        assert kvm_mmu_page_fault(guest.mmu, ADDR, PRESENT).result == RET_PF_SPURIOUS
+    assert guest.mmu.vcpu.injected == []

@@ -388,3 +388,13 @@ def test_mapping_a_logged_frame_makes_it_dirty_even_for_a_read():
     mmu = make_mmu(memory)
     assert _results(mmu, RAM) == [RET_PF_FIXED]
     assert memory.dirty == {(0, 1)}
+
+
+def test_page_tables_in_rom_are_emulated():
+    """EPT's accessed and dirty flags make the walk a write, which a read-only slot never allows."""
+    chain = Chain("4-level", slot_flags=KVM_MEM_READONLY)
+    mmu = make_mmu(chain.memory, chain.state)
+    done = ept_guest_access(mmu, ADDR, READ)
+    error = ept_violation_error_code(done.qualification)
+    assert error == PFERR_USER_MASK | PFERR_WRITE_MASK | PFERR_GUEST_PAGE_MASK
+    assert kvm_mmu_page_fault(mmu, done.gpa, error) == (RET_PF_EMULATE, EMULTYPE_PF)
