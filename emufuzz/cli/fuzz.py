@@ -68,7 +68,12 @@ def fuzz(
             campaign.run(screen.update)
         except KeyboardInterrupt:
             interrupted = True
-    store.finish(campaign.totals.summary())
+        except StoreError as error:
+            raise InputError("--out", f"{error}; the campaign stopped, earlier findings are kept") from error
+    try:
+        store.finish(campaign.totals.summary())
+    except StoreError as error:
+        raise InputError("--out", str(error)) from error
     screen.summary(interrupted=interrupted)
     return EXIT_DISAGREE if campaign.totals.new else EXIT_OK
 

@@ -50,6 +50,7 @@ def _write(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise StoreError(f"{path}: {(error.strerror or str(error)).lower()}") from error
 
 

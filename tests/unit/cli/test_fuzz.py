@@ -114,3 +114,22 @@ def test_seeded_bugs_are_listed(entry):
     done = fuzz(entry, "--seed-bug", "list")
     assert done.returncode == 0
     assert [line.split()[0] for line in done.stdout.splitlines()] == list(BUGS)
+
+
+def test_a_directory_that_fails_later_ends_the_campaign_in_one_line(entry, tmp_path, monkeypatch):
+    """A full disk, played by a limit on the size of files that only findings exceed."""
+    monkeypatch.setenv("EMUFUZZ_TEST_FILE_SIZE", "600")
+    entry.with_name("limited.py").write_text(
+        "import os, resource, signal\n"
+        "size = int(os.environ['EMUFUZZ_TEST_FILE_SIZE'])\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))\n" + RUN
+    )
+    result = fuzz(
+        entry.with_name("limited.py"), "--cases", 20000, "--seed-bug", "adc-carry", "--out", tmp_path / "out"
+    )
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "file too large" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.rglob("*.tmp")] == []
