@@ -9,6 +9,7 @@ is immutable and shared, an outcome holds only the pages that changed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Final, TypeAlias
 
@@ -18,6 +19,7 @@ PAGE_SIZE: Final = 4096
 PAGE_SHIFT: Final = 12
 PAGE_MASK: Final = PAGE_SIZE - 1
 ZERO_PAGE: Final = bytes(PAGE_SIZE)
+_CHUNK: Final = 128  # bytes of a page that are compared at once
 
 
 class Segment(msgspec.Struct, frozen=True, gc=False):
@@ -203,12 +205,22 @@ def memory_changes(case: Case, outcome: Outcome) -> list[tuple[int, bytes]]:
     changes: list[tuple[int, bytes]] = []
     for pfn in sorted(outcome.pages):
         old, new = before.get(pfn, ZERO_PAGE), outcome.pages[pfn]
-        start = None
-        for i in range(PAGE_SIZE + 1):
-            differs = i < PAGE_SIZE and old[i] != new[i]
-            if differs and start is None:
-                start = i
-            elif not differs and start is not None:
-                changes.append(((pfn << PAGE_SHIFT) + start, new[start:i]))
-                start = None
+        changes += [((pfn << PAGE_SHIFT) + start, new[start:end]) for start, end in _differing_runs(old, new)]
     return changes
+
+
+def _differing_runs(old: bytes, new: bytes) -> Iterator[tuple[int, int]]:
+    """Where two pages differ: the (start, end) of each run of differing bytes."""
+    start = None
+    for chunk in range(0, PAGE_SIZE, _CHUNK):
+        if start is None and old[chunk : chunk + _CHUNK] == new[chunk : chunk + _CHUNK]:
+            continue  # most of a page is alike; whole chunks compare fast
+        for i in range(chunk, chunk + _CHUNK):
+            if old[i] == new[i]:
+                if start is not None:
+                    yield start, i
+                    start = None
+            elif start is None:
+                start = i
+    if start is not None:
+        yield start, PAGE_SIZE
