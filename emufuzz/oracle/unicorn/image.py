@@ -60,9 +60,12 @@ class Template:
         code_base: Added to RIP for the linear address of the code.
         address_mask: Width of linear addresses.
         user: CPL is 3.
+        joined: The last root of page tables that `join` was asked for, and what it gave.
     """
 
-    __slots__ = ("_paging", "address_mask", "code_base", "image", "masked_flags", "mode", "system", "user")
+    __slots__ = (
+        "_paging", "address_mask", "code_base", "image", "joined", "masked_flags", "mode", "system", "user",
+    )  # fmt: skip
 
     def __init__(self, layout: Layout, pristine: bytes, system: System, mode: str) -> None:
         self.system = system
@@ -75,12 +78,22 @@ class Template:
         lma = bool(system.efer & EFER_LMA) and mode not in {"real", "vm86"}
         self._paging = "pae" if not lma else "la57" if system.cr4 & X86_CR4_LA57 else "long"
         self.image = _build(layout, pristine, system, mode, lma)
+        self.joined: tuple[int, bytes, bytes, bytes] = (-1, b"", b"", b"")
 
     def cr3(self, space: AddressSpace) -> int:
         """The root of the page tables for this mode."""
         if self._paging == "pae":
             return space.cr3_pae
         return space.cr3_long if self._paging == "long" else space.cr3_la57()
+
+    def join(self, layout: Layout, cr3: int) -> tuple[int, bytes, bytes, bytes]:
+        """CR3, the image with it, and its parts from hflags to the FPU and from there to error_code."""
+        if self.joined[0] != cr3:
+            place = layout.cr + 24
+            image = self.image[:place] + cr3.to_bytes(8, "little") + self.image[place + 8 :]
+            fpu = image[layout.fpstt : layout.error_code]
+            self.joined = (cr3, image, image[layout.hflags : layout.fpstt], fpu)
+        return self.joined
 
 
 def cpl_of(system: System, mode: str) -> int:

@@ -220,10 +220,7 @@ class UnicornMachine:
         if cr3 != self._cr3:
             self._engine.flush_tlb()
             self._cr3 = cr3
-        place, layout = self._layout.cr + 24, self._layout
-        self._image = image = template.image[:place] + cr3.to_bytes(8, "little") + template.image[place + 8 :]
-        self._control_before = image[layout.hflags : layout.fpstt]
-        self._fpu_before = image[layout.fpstt : layout.error_code]
+        _, self._image, self._control_before, self._fpu_before = template.join(self._layout, cr3)
 
     def _place(self, case: Case, address: int) -> bool:
         """Put the code where the fast mode can run it; False if the fast mode cannot."""

@@ -83,6 +83,9 @@ _HAS_ERROR_CODE: Final = frozenset(
 )
 #: error_code and exception_is_int.
 _PENDING: Final = struct.Struct("<2i")
+_CR2: Final = struct.Struct("<Q")
+#: What needs a closer look than an exception of the instruction itself.
+_NOT_PLAIN: Final = frozenset((NO_VECTOR, DB_VECTOR))
 #: An opcode byte without which the FPU and vector registers stay as they are.
 _MAY_TOUCH_FPU: Final = re.compile(rb"[\x0f\x9b\xd8-\xdf]").search
 _SHADOW_MOV_SS: Final = 1
@@ -180,29 +183,27 @@ class UnicornOracle(UnicornMachine):
         engine, layout = self._engine, self._layout
         state = engine.state
         vector = UD_VECTOR if error == UC_ERR_INSN_INVALID else engine.vector
-        cr2 = slice(layout.cr + 16, layout.cr + 24)
-        address, state[cr2] = int.from_bytes(state[cr2], "little"), self._image[cr2]
-        code, is_int = _PENDING.unpack_from(state, layout.error_code)
-        registers = REGISTERS.unpack_from(state)
-        if (
-            self._read_code
-            or rep is not None
-            or vector in {NO_VECTOR, DB_VECTOR}
-            or is_int
-            or registers[16] != case.rip
-            or (vector == PF_VECTOR and code & PFERR_PRESENT)
-            or self._control.raw != self._control_before
-            or (_MAY_TOUCH_FPU(case.code) and self._fpu_changed())
-        ):
-            state[cr2] = address.to_bytes(8, "little")
+        if self._read_code or rep is not None or vector in _NOT_PLAIN:
             return None
-        outcome = Outcome(case.id, registers[:16], case.rip, case.rflags, case.system, "propagate_fault")
+        code, is_int = _PENDING.unpack_from(state, layout.error_code)
+        rip, _ = RIP_RFLAGS.unpack_from(state, RIP_OFFSET)
+        if is_int or rip != case.rip:
+            return None
+        address = None
         if vector == PF_VECTOR:
+            if code & PFERR_PRESENT:
+                return None
+            (address,) = _CR2.unpack_from(state, layout.cr + 16)
+            _CR2.pack_into(state, layout.cr + 16, case.system.cr2)
             if not case.system.efer & EFER_NX and not case.system.cr4 & X86_CR4_SMEP:
                 code &= ~PFERR_FETCH
-            outcome.exception = (vector, code, address)
-        else:
-            outcome.exception = (vector, code if vector in _HAS_ERROR_CODE else None, None)
+        if self._control.raw != self._control_before or (_MAY_TOUCH_FPU(case.code) and self._fpu_changed()):
+            if address is not None:
+                _CR2.pack_into(state, layout.cr + 16, address)
+            return None
+        gprs = GPRS.unpack_from(state)
+        outcome = Outcome(case.id, gprs, rip, case.rflags, case.system, "propagate_fault")
+        outcome.exception = (vector, code if vector in _HAS_ERROR_CODE else None, address)
         if self._space.written():
             outcome.pages = self._changed_pages()
         return outcome
