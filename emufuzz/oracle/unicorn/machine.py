@@ -116,6 +116,10 @@ class UnicornMachine:
         base = 0 if template.mode == "prot64" else system.seg[VCPU_SREG_CS].base
         self._code.branched_to(base + rip & template.address_mask)
 
+    def forget_translations(self) -> None:
+        """Make every case translate its code anew, as cases in fresh slots do."""
+        self._code.flush()
+
     def raw_starts(self, batch: Sequence[Case]) -> float:
         """Seconds that the calls of uc_emu_start alone take for a batch, each case in a fresh slot.
 
@@ -124,7 +128,7 @@ class UnicornMachine:
         that needs the exact mode counts as it runs in the fast one; one that the fast mode cannot
         place, or that is never run, counts as the average of the others.
         """
-        self._code.flush()
+        self.forget_translations()
         total, timed = 0.0, 0
         for case in batch:
             template = None if unicorn_must_not_run(case.code, case.mode) else self._prepare(case)
