@@ -90,6 +90,8 @@ def agree(a: Outcome, b: Outcome) -> bool:
         a.exception is not None or (a.rflags ^ b.rflags) & ~_ALWAYS_UNDEFINED.get(a.leaf, 0)
     ):
         return False
+    if a.interruptibility != b.interruptibility:
+        return False
     return a.pages == b.pages and (a.system is b.system or a.system == b.system)
 
 
@@ -99,13 +101,14 @@ def compare(case: Case, subject: Outcome, oracle: Outcome) -> tuple[Difference, 
     When one side faults and the other does not, or with another vector, only that is reported:
     the rest follows from it.
     """
-    faults = tuple(_fault_differences(case, subject, oracle))
+    faults = tuple(_fault_differences(subject, oracle))
     if any(d.kind in ("fault-missing", "fault-extra", "fault-vector") for d in faults):
         return faults
     rest = [
         *_register_differences(case, subject, oracle),
         *_memory_differences(case, subject, oracle),
         *_system_differences(subject.system, oracle.system),
+        *_shadow_differences(subject, oracle),
     ]
     if rest and subject.exception is None:
         ignored = undefined_destination(case, subject, oracle)
@@ -170,7 +173,7 @@ def _covers(field: str, of: str) -> bool:
     return field in ("all", of) or of.startswith(field + ".") or (field == "gpr" and of in GPR_NAMES)
 
 
-def _fault_differences(case: Case, subject: Outcome, oracle: Outcome) -> Iterator[Difference]:
+def _fault_differences(subject: Outcome, oracle: Outcome) -> Iterator[Difference]:
     ours, theirs = subject.exception, oracle.exception
     if ours == theirs:
         return
@@ -179,8 +182,7 @@ def _fault_differences(case: Case, subject: Outcome, oracle: Outcome) -> Iterato
         yield Difference("exception", "fault-missing" if ours is None else "fault-extra", *shown)
     elif ours[0] != theirs[0]:
         yield Difference("exception", "fault-vector", *shown)
-    elif ours[1] != theirs[1] and case.system.cr0 & 1:
-        # Real mode pushes no error code (SDM Vol. 3A 20.1.4), so there is nothing to compare.
+    elif ours[1] != theirs[1]:
         yield Difference("exception.error_code", "fault-error-code", *shown)
     elif ours[0] == PF_VECTOR and ours[2] != theirs[2]:
         yield Difference("exception.address", "fault-address", *shown)
@@ -263,6 +265,12 @@ def _page_differences(address: int, a: bytes, b: bytes) -> Iterator[Difference]:
             i += _STRIDE
         else:
             i += 1
+
+
+def _shadow_differences(subject: Outcome, oracle: Outcome) -> Iterator[Difference]:
+    if subject.interruptibility != oracle.interruptibility:
+        shown = (str(subject.interruptibility), str(oracle.interruptibility))
+        yield Difference("interruptibility", "system", *shown)
 
 
 def _system_differences(a: System, b: System) -> Iterator[Difference]:

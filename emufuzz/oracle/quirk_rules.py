@@ -262,6 +262,16 @@ def late_check(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Differ
     )
 
 
+def shadow_on_fault(case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]) -> bool:
+    """MOV SS and POP SS set their interrupt shadow before the load, which then faults."""
+    return (
+        _fields(differences) == {"interruptibility"}
+        and (subject.leaf == "17" or modrm(case)[1] & 7 == VCPU_SREG_SS)
+        and subject.exception is not None
+        and (subject.interruptibility, oracle.interruptibility) == (1, 0)
+    )
+
+
 def register_store(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]) -> bool:
     """MOVNTDQ with a register operand is a move between registers to KVM."""
     return (

@@ -137,11 +137,12 @@ def test_faults_are_compared(ours, theirs, kind):
     assert kinds(case, *sides) == {kind}
 
 
-def test_real_mode_has_no_error_codes():
+def test_error_codes_count_in_real_mode_too():
+    """None is pushed there, but both sides define one at this level, before delivery."""
     case = case_of(mode="real")
-    a = outcome_of(case, exception=(13, 0, None), rc="propagate_fault")
-    b = outcome_of(case, exception=(13, None, None), rc="propagate_fault")
-    assert compare(case, a, b) == ()
+    a = outcome_of(case, exception=(14, 2, 0x9000), rc="propagate_fault")
+    b = outcome_of(case, exception=(14, 0, 0x9000), rc="propagate_fault")
+    assert kinds(case, a, b) == {"fault-error-code"}
 
 
 def test_a_missing_fault_hides_what_follows_from_it():
@@ -271,3 +272,13 @@ def test_the_fast_path_is_fast():
     _, a, b = pair("d3/4", "d3e0")
     best = min(timeit.repeat(lambda: agree(a, b), number=2000, repeat=5)) / 2000
     assert best < 5e-6  # about 0.5 us on an idle machine
+
+
+def test_a_missing_interrupt_shadow_is_a_difference():
+    case = generate_batch(1, 0, 1)[0]
+    ours = Outcome(case.id, case.gpr, case.rip, case.rflags, case.system)
+    theirs = Outcome(case.id, case.gpr, case.rip, case.rflags, case.system, interruptibility=2)
+    assert not agree(ours, theirs)
+    assert [(d.field, d.subject, d.oracle) for d in compare(case, ours, theirs)] == [
+        ("interruptibility", "0", "2")
+    ]

@@ -53,6 +53,7 @@ CASES = {
     "kvm-quirk-06-tzcnt-lzcnt":         case_of("prot64-cpl0-flat", "f30fbdc1", rcx=0x1234, rax=9),
     "kvm-quirk-08-aam-aad-flags":       case_of("prot32-cpl0-flat", "d40a", rax=0x80000001),
     "kvm-quirk-14-wide-segment-store":  case_of("prot64-cpl0-flat", "488c18", rax=PAGE),
+    "kvm-quirk-17-shadow-on-fault":     case_of("prot32-cpl0-flat", "8ed0", rax=0xFFF8),
     "kvm-quirk-19-vm86-cli-sti":        case_of("vm86-cpl3-flat", "fa", flags=0x3202),
     "kvm-quirk-20-vm86-pushf-popf":     case_of("vm86-cpl3-flat", "9c", (0xC000, b""), rsp=0x100),
     "kvm-quirk-21-enter":               case_of("prot32-cpl0-stack16", "c8080000", rsp=PAGE + 64, rbp=0x1234),
