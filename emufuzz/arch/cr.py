@@ -37,6 +37,7 @@ X86_CR4_PCIDE: Final = 1 << 17
 X86_CR4_OSXSAVE: Final = 1 << 18
 X86_CR4_SMEP: Final = 1 << 20
 X86_CR4_SMAP: Final = 1 << 21
+X86_CR4_PKE: Final = 1 << 22
 
 EFER_SCE: Final = 1 << 0
 EFER_LME: Final = 1 << 8

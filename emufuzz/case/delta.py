@@ -15,7 +15,7 @@ from emufuzz.case.events import events_to_json
 from emufuzz.case.fields import CONTROL_REGISTERS, DELTA, DR_NAMES, FPU_CONTROL
 from emufuzz.case.json import outcome_of
 from emufuzz.case.model import Case, Event, Fpu, Outcome, Segment, System, TableRegister, memory_changes
-from emufuzz.case.spec import reader
+from emufuzz.case.read import reader
 
 _read_delta: Final = reader(DELTA)
 _HEX_MEMBERS: Final = frozenset({"sel", "base", "limit"})

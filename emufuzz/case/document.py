@@ -26,12 +26,10 @@ def decode_object(data: bytes | str) -> dict[str, Any]:
         raise CaseError(f"{len(data)} bytes are too many (max {MAX_DOCUMENT >> 20} MiB)")
     try:
         value = _decoder.decode(data)
-    except UnicodeDecodeError:
-        raise CaseError("not UTF-8 text") from None
     except RecursionError:
         raise CaseError("not valid: nested too deep") from None
-    except msgspec.DecodeError as error:
-        raise CaseError(f"not valid JSON: {error}") from None
+    except (UnicodeDecodeError, msgspec.DecodeError) as error:  # which one for bad UTF-8 depends on msgspec
+        raise CaseError(f"not valid JSON: {error}" if _is_text(data) else "not UTF-8 text") from None
     if type(value) is not dict:
         raise CaseError(f"expected an object, got {json_type(value)}")
     # Every key has its colon, so equal numbers leave no room for a key that was given twice.
@@ -39,6 +37,14 @@ def decode_object(data: bytes | str) -> dict[str, Any]:
     if data.count(b":") != _key_count(value):
         json.loads(data, object_pairs_hook=_unique)
     return value
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _key_count(value: dict[str, Any]) -> int:

@@ -11,7 +11,8 @@ from typing import Any, Final, TypeAlias
 
 from emufuzz.arch.regs import SREG_NAMES
 from emufuzz.case.model import Event
-from emufuzz.case.spec import Custom, FieldError, Hex, Number, Reader, Spec, Text, json_type, reader, shown
+from emufuzz.case.read import reader
+from emufuzz.case.spec import Custom, FieldError, Hex, Number, Reader, Spec, Text, json_type, shown
 
 _U64: Final = Number(2**64 - 1)  # an address or a value
 _U32: Final = Number(2**32 - 1)  # an MSR index, a CPUID leaf

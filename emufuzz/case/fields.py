@@ -10,6 +10,7 @@ from typing import Final
 from emufuzz.arch.modes import MODES
 from emufuzz.arch.regs import GPR_NAMES, SREG_NAMES
 from emufuzz.case.events import EVENT
+from emufuzz.case.paths import PATHS
 from emufuzz.case.spec import (
     Anything,
     Choice,
@@ -31,6 +32,8 @@ MAX_ENTRIES: Final = 65536  # entries of `mem`
 MAX_PORT_IN: Final = 1 << 20  # bytes
 MAX_DOCUMENT: Final = 64 << 20  # bytes of one JSON document
 MAX_COUNT: Final = 0xFFFF  # instructions
+MAX_DEVICES: Final = 256
+MAX_ACCESS: Final = 8  # bytes of one access to a device
 
 U64: Final = Number(2**64 - 1)
 U32: Final = Number(2**32 - 1)
@@ -102,10 +105,22 @@ DEVICE: Final = Object({
     "kind":      Text(("mmio", "pio")),
     "addr":      U64,
     "port":      U16,
-    "size":      Number(2**32 - 1, hex=False),
+    "size":      Number(MAX_MEMORY, min=1, hex=False),
     "reads":     Hex(MAX_PORT_IN),
     "behaviour": Text(("stream", "ram", "float")),
 }, required=("kind", "size"))
+DEVICES: Final = ListOf(DEVICE, MAX_DEVICES)
+
+#: One access to a device, in an outcome's `device_trace`.
+DEVICE_ACCESS: Final = Object({
+    "kind":      Text(("mmio", "pio")),
+    "addr":      U64,
+    "port":      bits(16),
+    "size":      Number(MAX_ACCESS, min=1, hex=False),
+    "direction": Text(("read", "write")),
+    "data":      Hex(MAX_ACCESS),
+}, required=("kind", "size", "direction", "data"))
+DEVICE_TRACE: Final = ListOf(DEVICE_ACCESS, 1 << 20)
 
 FAULT: Final = Object({
     "vector":     bits(8),
@@ -122,26 +137,84 @@ CALLBACK: Final = Object({
 
 MEMSLOT: Final = Object({"base": U64, "size": U64, "flags": U32}, required=("base", "size"))
 
-#: The machine around the emulator; what knobs, intercepts and CPUID overrides mean is the KVM model's.
-KVM: Final = Object({
-    "knobs":              Named(Choice({bool: Flag(), int: U64, str: Text(max_length=64)})),
-    "exit_qualification": U64,
-    "instruction_info":   U32,
-    "vectoring_info":     U32,
-    "interruptibility":   U32,
-    "pending":            Anything(),
-    "pkru":               U32,
-    "guest_debug":        Anything(),
-    "cpuid":              Anything(),
-    "memslots":           ListOf(MEMSLOT, 4096),
-    "guest_mode":         Anything(),
-    "smm":                Anything(),
+#: KVM_MEM_LOG_DIRTY_PAGES and KVM_MEM_READONLY; without private memory there are no others.
+MEMSLOT_FLAGS: Final = 3
+#: Bytes that a write must have for an ioeventfd; 0 = any number.
+EVENTFD_LENGTHS: Final = (0, 1, 2, 4, 8)
+
+#: An exception that KVM has to deliver; the payload is what it puts into CR2 or DR6 then.
+INJECTED: Final = Object({
+    "vector":     bits(8),
+    "error_code": Nullable(SMALL),
+    "payload":    Nullable(U64),
+}, required=("vector",))
+PENDING: Final = Object({
+    **INJECTED.fields,
+    "vector":   bits(5),
+    "injected": Flag(),
+    "nested":   Flag(),
+}, required=("vector",))
+INTERRUPT: Final = Object({"vector": bits(8), "soft": Flag()}, required=("vector",))
+GUEST_DEBUG: Final = Object({"control": U32, "dr": ListOf(U64, 8)}, required=("control",))
+
+CPUID_LEAF: Final = Object(
+    dict.fromkeys(("function", "index", "eax", "ebx", "ecx", "edx"), U32), required=("function",)
+)
+CPUID: Final = Object({
+    "leaves":     ListOf(CPUID_LEAF, 256),
+    "features":   Named(Flag()),
+    "maxphyaddr": Number(52, min=32, hex=False),
 })
 
-#: Fields of a case that only the KVM model reads; kept as they were read.
+#: What L1 intercepts while L2 runs.
+GUEST_MODE: Final = Object({
+    "exception_bitmap":            U32,
+    "page_fault_error_code_mask":  U32,
+    "page_fault_error_code_match": U32,
+    "exit_on_nmi":                 Flag(),
+    "exit_on_intr":                Flag(),
+    "mtf":                         Flag(),
+    "intercepts":                  ListOf(Text(max_length=64), 256),
+})
+
+IOEVENTFD: Final = Object({
+    "addr":      U64,
+    "len":       Number(8, hex=False),
+    "port":      Flag(),
+    "datamatch": U64,
+}, required=("addr",))
+
+#: Text is a list, also if it looks like a number: numbers have one form only.
+KNOB: Final = Choice({bool: Flag(), int: Number(2**64 - 1, hex=False), str: Text(max_length=1024)})
+
+#: The machine around the emulator; names of knobs, features and intercepts are the KVM model's.
+KVM: Final = Object({
+    "knobs":                  Named(KNOB),
+    "exit_reason":            bits(16),
+    "exit_qualification":     U64,
+    "guest_physical_address": U64,
+    "instruction_info":       U32,
+    "instruction_length":     Number(15, hex=False),
+    "vectoring_info":         U32,
+    "vectoring_error_code":   U32,
+    "interruptibility":       U32,
+    "pending":                PENDING,
+    "interrupt":              INTERRUPT,
+    "nmi":                    Number(2, hex=False),
+    "pkru":                   U32,
+    "guest_debug":            Choice({int: U32, str: U32, dict: GUEST_DEBUG}),
+    "cpuid":                  CPUID,
+    "memslots":               ListOf(MEMSLOT, 4096),
+    "ioeventfds":             ListOf(IOEVENTFD, 256),
+    "lapic":                  MapOf(U32, max_key=0xFFF),
+    "guest_mode":             Choice({bool: Flag(), int: Flag(), dict: GUEST_MODE}),
+    "smm":                    Flag(),
+})
+
+#: Fields of a case that an engine may not know; kept as they were given, but `kvm` as it was read.
 EXTRA: Final[dict[str, Spec]] = {
     "phys":      MEMORY,
-    "devices":   ListOf(DEVICE, 256),
+    "devices":   DEVICES,
     "kvm":       KVM,
     "callbacks": ListOf(CALLBACK, 4096),
 }
@@ -157,7 +230,7 @@ CASE: Final = Object({
     "port_in":   Hex(MAX_PORT_IN),
     "vendor":    Text(("intel", "amd")),
     "emul_type": SMALL,
-    "path":      Nullable(Text(max_length=64)),
+    "path":      Nullable(Text(PATHS)),
     "single":    bits(1),
     **EXTRA,
 }, required=("code",))
@@ -181,12 +254,17 @@ RESULT: Final[dict[str, Spec]] = {
     "events":           ListOf(EVENT, 1 << 20),
 }
 
+#: KVM_RUN returned to userspace: KVM_EXIT_* without its prefix, and what else it left in kvm_run.
+KVM_EXIT: Final = Object({"reason": Text(max_length=64)}, required=("reason",), others=Anything())
+
 #: Fields of an outcome that only the KVM model and its exit paths write; kept as they were read.
 OUTCOME_EXTRA: Final[dict[str, Spec]] = {
-    "exits":            ListOf(Anything(), 65536),
-    "device_trace":     ListOf(Anything(), 1 << 20),
-    "injected":         ListOf(Anything(), 256),
-    "interrupt_shadow": SMALL,
+    "exits":            ListOf(KVM_EXIT, 65536),
+    "device_trace":     DEVICE_TRACE,
+    "injected":         ListOf(INJECTED, 65536),
+    "interrupt_shadow": Number(3, hex=False),
+    "livelock":         Flag(),
+    "no_exit":          Text(max_length=256),
 }
 
 OUTCOME: Final = Object({

@@ -14,10 +14,12 @@ from emufuzz.arch.modes import mode_of
 from emufuzz.arch.regs import GPR_NAMES, VCPU_SREG_CS
 from emufuzz.case.document import decode_object
 from emufuzz.case.events import events_to_json
-from emufuzz.case.fields import CASE, EXTRA, OUTCOME, OUTCOME_EXTRA
+from emufuzz.case.fields import CASE, OUTCOME
+from emufuzz.case.machine import extra_of, extra_to_obj, outcome_extra_of
 from emufuzz.case.memory import changed_pages, mem_to_json, memory_of
 from emufuzz.case.model import Case, Fault, Outcome, System, memory_changes
-from emufuzz.case.spec import FieldError, reader
+from emufuzz.case.read import reader
+from emufuzz.case.spec import FieldError
 from emufuzz.case.system import changed_system, intern_system, system_of, system_to_json, system_to_obj
 
 _read_case: Final = reader(CASE)
@@ -63,7 +65,7 @@ def case_from_obj(obj: Any) -> Case:
         emul_type=get("emul_type", 0),
         single=get("single", 0),
         path=get("path"),
-        extra={name: obj[name] for name in EXTRA if name in fields} or None,
+        extra=extra_of(obj, fields),
     )
 
 
@@ -103,7 +105,7 @@ def case_to_obj(case: Case) -> dict[str, Any]:
         value = getattr(case, name)
         if value != default:
             obj[name] = value
-    return obj | (case.extra or {})
+    return obj | extra_to_obj(case.extra)
 
 
 def case_to_json(case: Case) -> bytes:
@@ -132,7 +134,7 @@ def outcome_from_obj(obj: Any, case: Case) -> Outcome:
     outcome.unchecked = tuple([(item["field"], item["gap"]) for item in fields.get("unchecked", ())])
     outcome.crash = fields.get("crash", "")
     outcome.hang = fields.get("hang", False)
-    outcome.extra = {name: obj[name] for name in OUTCOME_EXTRA if name in fields} or None
+    outcome.extra = outcome_extra_of(obj, fields)
     return outcome
 
 

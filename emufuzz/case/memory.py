@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from emufuzz.case.fields import MAX_MEMORY
 from emufuzz.case.intern import Intern
@@ -10,6 +10,7 @@ from emufuzz.case.model import NO_MEMORY, PAGE_MASK, PAGE_SHIFT, ZERO_PAGE, Case
 from emufuzz.case.spec import FieldError
 
 _MAX_PAGES = MAX_MEMORY >> PAGE_SHIFT
+PHYSICAL_BITS: Final = 52  # width of a guest-physical address (SDM Vol. 3A 4.1.4 "MAXPHYADDR")
 
 #: An equal Memory that was seen before, or this one: equal memories become one object.
 intern_memory: Intern[Memory] = Intern()
@@ -23,21 +24,30 @@ def memory_of(entries: list[dict[str, Any]] | None) -> Memory:
     """
     if not entries:
         return NO_MEMORY
-    memory = Memory(tuple([(entry["addr"], entry.get("data", b"")) for entry in entries]))
-    _check_size(memory)
+    memory = _laid_out(entries)
+    _check_size(memory, "mem", 64)
     return intern_memory(memory)
 
 
-def _check_size(memory: Memory) -> None:
+def check_physical(entries: list[dict[str, Any]]) -> None:
+    """Read `phys` entries; FieldError if one reaches beyond 2^52, or they are too many as in `memory_of`."""
+    _check_size(_laid_out(entries), "phys", PHYSICAL_BITS)
+
+
+def _laid_out(entries: list[dict[str, Any]]) -> Memory:
+    return Memory(tuple([(entry["addr"], entry.get("data", b"")) for entry in entries]))
+
+
+def _check_size(memory: Memory, name: str, width: int) -> None:
     pages = 0
     for index, (addr, data) in enumerate(memory.entries):
         last = addr + max(len(data), 1) - 1
-        if last >> 64:
-            raise FieldError("reaches beyond the 64-bit address space", f"mem[{index}].data")
+        if last >> width:
+            raise FieldError(f"reaches beyond the {width}-bit address space", f"{name}[{index}].data")
         pages += (last >> PAGE_SHIFT) - (addr >> PAGE_SHIFT) + 1
     # an upper bound, as entries may share pages; counted exactly only where that matters
     if pages > _MAX_PAGES and len(_page_numbers(memory)) > _MAX_PAGES:
-        raise FieldError(f"more than {MAX_MEMORY >> 20} MiB of pages", "mem")
+        raise FieldError(f"more than {MAX_MEMORY >> 20} MiB of pages", name)
 
 
 def _page_numbers(memory: Memory) -> set[int]:

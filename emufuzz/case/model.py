@@ -15,6 +15,8 @@ from typing import Any, Final, TypeAlias
 
 import msgspec
 
+from emufuzz.case.translate import translate
+
 PAGE_SIZE: Final = 4096
 PAGE_SHIFT: Final = 12
 PAGE_MASK: Final = PAGE_SIZE - 1
@@ -148,7 +150,7 @@ class Outcome(msgspec.Struct, gc=False):
     """One machine state after an instruction, from a subject or an oracle.
 
     `system` is the Case's own object when nothing in it changed. `pages` maps page numbers to
-    the whole new contents of each page that differs from the case's memory.
+    the whole new contents of each page that differs from the case's memory (physical ones with `phys`).
     `leaf` and `reason` (why a subject cannot handle it) stay inside emufuzz.
     `unchecked` lists (field or "all", gap id) that an oracle does not vouch for.
     `extra` holds what an exit path adds (`exits`, `device_trace` ...), as decoded JSON.
@@ -182,15 +184,69 @@ def code_address(case: Case) -> int:
     return (case.system.seg[1].base + case.rip) & 0xFFFFFFFF
 
 
+def is_physical(case: Case) -> bool:
+    """Whether the case's memory is guest-physical (`phys`)."""
+    return case.extra is not None and "phys" in case.extra
+
+
+#: The `phys` fields that were read last: id -> the field, kept so that the id stays its own, and its Memory.
+_physical: Final[dict[int, tuple[Any, Memory]]] = {}
+_PHYSICAL_KEPT: Final = 64
+
+
+def case_memory(case: Case) -> Memory:
+    """The case's `mem`, or its `phys`."""
+    if not is_physical(case):
+        return case.mem
+    field = (case.extra or {})["phys"]
+    known = _physical.get(id(field))
+    if known is None:
+        entries = [(_address(entry["addr"]), bytes.fromhex(entry.get("data", ""))) for entry in field]
+        known = (field, Memory(tuple(entries)))
+        if len(_physical) >= _PHYSICAL_KEPT:
+            _physical.pop(next(iter(_physical)))
+        _physical[id(field)] = known
+    return known[1]
+
+
+def _address(value: str | int) -> int:
+    return int(value, 16) if isinstance(value, str) else value
+
+
 def case_pages(case: Case) -> dict[int, bytes]:
-    """All pages of a case, its code laid over its memory: page number -> 4096 bytes."""
-    pages = dict(case.mem.pages)
-    laid = {
-        pfn: bytearray(pages.get(pfn, ZERO_PAGE)) for pfn in _pages_of(code_address(case), len(case.code))
-    }
-    _lay(laid, code_address(case), case.code)
+    """All pages of a case, its code laid over its memory: page number -> 4096 bytes.
+
+    Page numbers are linear, or physical with `phys`.
+    """
+    pages = dict(case_memory(case).pages)
+    laid: dict[int, bytearray] = {}
+    for address, part in code_parts(case):
+        for pfn in _pages_of(address, len(part)):
+            laid.setdefault(pfn, bytearray(pages.get(pfn, ZERO_PAGE)))
+        _lay(laid, address, part)
     pages.update((pfn, bytes(page)) for pfn, page in laid.items())
     return pages
+
+
+def code_parts(case: Case) -> list[tuple[int, bytes]]:
+    """Where the case's code is laid, as (address, bytes).
+
+    In physical memory each page's part lies where the tables put it; what they do not map is not laid.
+    """
+    address = code_address(case)
+    if not is_physical(case):
+        return [(address, case.code)]
+    system, pages = case.system, case_memory(case).pages
+    parts, done = [], 0
+    mask = (1 << 64) - 1 if case.mode == "prot64" else 0xFFFFFFFF
+    while done < len(case.code):
+        linear = address + done & mask
+        size = PAGE_SIZE - (linear & PAGE_MASK)
+        physical = translate(pages, system.cr0, system.cr3, system.cr4, system.efer, linear)
+        if physical is not None:
+            parts.append((physical, case.code[done : done + size]))
+        done += size
+    return parts
 
 
 def _pages_of(addr: int, size: int) -> range:
@@ -198,7 +254,10 @@ def _pages_of(addr: int, size: int) -> range:
 
 
 def memory_changes(case: Case, outcome: Outcome) -> list[tuple[int, bytes]]:
-    """The bytes an outcome changed, as maximal (address, bytes) runs within pages, in order."""
+    """The bytes an outcome changed, as maximal (address, bytes) runs within pages, in order.
+
+    Addresses are linear, or physical with `phys`.
+    """
     if not outcome.pages:
         return []
     before = case_pages(case)

@@ -1,7 +1,8 @@
 """JSON Schema (draft 2020-12) of Case and Outcome, derived from the declarations the readers use.
 
 The schema says what JSON can say about one field at a time. The readers check more: that `mode`
-fits the state, the total size of memory, the items of each kind of event.
+fits the state, the total size of memory, the items of each kind of event, that devices and memslots
+do not overlap.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from emufuzz.case.spec import (
 
 _DRAFT: Final = "https://json-schema.org/draft/2020-12/schema"
 _HEX_DIGITS: Final = "0123456789abcdef"
+_ANY_DIGIT: Final = "[0-9a-fA-F]"
 
 
 def case_schema() -> dict[str, Any]:
@@ -56,18 +58,41 @@ def schema_of(spec: Spec) -> dict[str, Any]:
 
 def _number(spec: Number) -> dict[str, Any]:
     integer = {"type": "integer", "minimum": spec.min, "maximum": spec.max}
-    return {"anyOf": [integer, {"type": "string", "pattern": f"^{_hex_pattern(spec.max)}$"}]}
+    return {"anyOf": [integer, {"type": "string", "pattern": f"^{_text_pattern(spec)}$"}]}
+
+
+def _text_pattern(spec: Number) -> str:
+    """A regular expression for a number as text."""
+    if spec.min > 1:  # few numbers: the bits of an address
+        return f"0x0*({'|'.join(_digits(f'{number:x}') for number in range(spec.min, spec.max + 1))})"
+    return ("(?!0x0+$)" if spec.min else "") + _hex_pattern(spec.max)
+
+
+def _digits(text: str) -> str:
+    """A regular expression for hexadecimal digits, small or capital."""
+    return "".join(f"[{digit}{digit.upper()}]" if digit.isalpha() else digit for digit in text)
 
 
 def _hex_pattern(maximum: int) -> str:
-    """A regular expression for "0x.." up to a maximum of the form 2^n - 1."""
-    digits = (maximum.bit_length() + 3) // 4
-    first = _HEX_DIGITS[: (maximum >> 4 * (digits - 1)) + 1]
-    both_cases = first + first[10:].upper()
-    any_digit = "[0-9a-fA-F]"
-    if digits == 1:
-        return f"0x0*[{both_cases}]"
-    return f"0x0*([{both_cases}]{any_digit}{{{digits - 1}}}|{any_digit}{{1,{digits - 1}}})"
+    """A regular expression for "0x.." up to `maximum`."""
+    text = f"{maximum:x}"
+    if text[1:].strip("f"):
+        # as many digits as the maximum has, the first ones alike and then a smaller one; or fewer
+        choices = [_digits(text), f"{_ANY_DIGIT}{{1,{len(text) - 1}}}"]
+        for i, digit in enumerate(text):
+            smaller = _HEX_DIGITS[0 if i else 1 : int(digit, 16)]
+            if smaller:
+                choices.append(f"{_digits(text[:i])}{_class(smaller)}{_ANY_DIGIT}{{{len(text) - i - 1}}}")
+        return f"0x0*({'|'.join(choices)})"
+    first = _class(_HEX_DIGITS[: int(text[0], 16) + 1])
+    if len(text) == 1:
+        return f"0x0*{first}"
+    return f"0x0*({first}{_ANY_DIGIT}{{{len(text) - 1}}}|{_ANY_DIGIT}{{1,{len(text) - 1}}})"
+
+
+def _class(digits: str) -> str:
+    """A regular expression for one of these digits, small or capital."""
+    return f"[{digits}{''.join(digit.upper() for digit in digits if digit.isalpha())}]"
 
 
 def _hex(spec: Hex) -> dict[str, Any]:
@@ -101,7 +126,7 @@ def _object(spec: Object) -> dict[str, Any]:
     schema: dict[str, Any] = {
         "type": "object",
         "properties": {name: schema_of(item) for name, item in spec.fields.items()},
-        "additionalProperties": False,
+        "additionalProperties": False if spec.others is None else schema_of(spec.others),
     }
     if spec.required:
         schema["required"] = list(spec.required)

@@ -211,7 +211,11 @@ def _decode_opcode(ctxt: X86EmulateCtxt, op_prefix: bool) -> Opcode | None:
 
 
 def _select(ctxt: X86EmulateCtxt, opcode: Opcode, op_prefix: bool) -> int:
-    """Which child of an inner node the instruction means; -1 if none."""
+    """Which child of an inner node the instruction means; -1 if none.
+
+    KVM deviation: where no node asks for 66, F2 or F3, as with MOVNTI, FXSAVE and VMCALL, they are
+    accepted (SDM Vol. 2A 3.1.1.1, NP).
+    """
     kind = opcode.kind
     modrm = ctxt.modrm
     if kind == KIND_GROUP:

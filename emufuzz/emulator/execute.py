@@ -245,6 +245,8 @@ def _check_fpu(ctxt: X86EmulateCtxt) -> int:
             return emulate_exception(ctxt, MF_VECTOR, 0, valid=False)
         for operand in (ctxt.src, ctxt.src2) if d & Mov else (ctxt.src, ctxt.src2, ctxt.dst):
             if operand.type == OPERAND_MM:
+                # KVM deviation: reading a register of a store that then faults has already marked
+                # all x87 registers valid (SDM Vol. 3A 6.6).
                 operand.val = ctxt.fpu.mm[operand.reg]
                 ctxt.fpu.enter_mmx()
     return X86EMUL_CONTINUE
@@ -274,6 +276,8 @@ def _read_operands(ctxt: X86EmulateCtxt, opcode: Opcode) -> int:
         return X86EMUL_CONTINUE
     dst = ctxt.dst
     if dst.type == OPERAND_MEM and not ctxt.d & Mov:
+        # KVM deviation: a segment that must not be written is found out after the read, whose #PF
+        # comes first (SDM Vol. 3A 5.5).
         value = segmented_read(ctxt, dst.seg, dst.ea, dst.bytes)
         if value < 0:
             if (

@@ -175,6 +175,7 @@ def _check_descriptor(
         # KVM deviation: a 16-bit TSS is taken in IA-32e mode too (SDM Vol. 3A 7.7).
         refused = bool(desc.s) or kind not in (1, 9)
     elif seg == VCPU_SREG_LDTR:
+        # KVM deviation: a selector of the LDT itself is not refused (SDM Vol. 2A LLDT: #GP(selector)).
         refused = bool(desc.s) or kind != 2
     else:
         refused = kind & 0xA == 8 or (kind & 0xC != 0xC and max(rpl, cpl) > dpl)

@@ -9,6 +9,7 @@ from struct import Struct
 from typing import Final
 
 from emufuzz.arch.cr import X86_CR0_EM, X86_CR0_TS, X86_CR4_OSFXSR
+from emufuzz.arch.fpu import MXCSR_MASK
 from emufuzz.emulator.access import segmented_read_std, segmented_write_std
 from emufuzz.emulator.ctxt import FpuRegisters, X86EmulateCtxt
 from emufuzz.emulator.faults import emulate_gp, emulate_nm, emulate_ud
@@ -19,7 +20,6 @@ _HEADER: Final = Struct("<HHBxHQQII")
 _ST_SLOT: Final = Struct("<QH6x")
 #: Where the XMM registers begin in an FXSAVE image.
 _XMM_OFFSET: Final = 160
-_MXCSR_MASK: Final = 0x2FFFF
 _EXPONENT_MMX: Final = 0xFFFF
 
 
@@ -83,7 +83,7 @@ def _fxstate_size(ctxt: X86EmulateCtxt) -> int:
 
 def _fxsave_image(fpu: FpuRegisters) -> bytes:
     """The first 288 bytes of an FXSAVE image, with x87 instruction and data pointers of zero."""
-    header = _HEADER.pack(fpu.fcw, fpu.fsw, fpu.ftw, 0, 0, 0, fpu.mxcsr, _MXCSR_MASK)
+    header = _HEADER.pack(fpu.fcw, fpu.fsw, fpu.ftw, 0, 0, 0, fpu.mxcsr, MXCSR_MASK)
     stack = b"".join(_ST_SLOT.pack(mm, _EXPONENT_MMX) for mm in fpu.mm)
     return header + stack + b"".join(xmm.to_bytes(16, "little") for xmm in fpu.xmm[:8])
 

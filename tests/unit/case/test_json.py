@@ -73,15 +73,18 @@ def test_case_without_code_memory_or_registers_writes_little():
 def test_fields_of_the_kvm_model_are_kept():
     obj = {
         "code": "90",
-        "path": "ept_violation",
+        "path": "ept-violation",
         "phys": [{"addr": "0x1000", "data": "90"}],
         "devices": [{"kind": "mmio", "addr": "0xfee00000", "size": 4096, "reads": "00", "behaviour": "ram"}],
         "kvm": {"knobs": {"ept": True}, "memslots": [{"base": "0x0", "size": "0x1000", "flags": 0}]},
         "callbacks": [{"op": "read_std", "nth": 1, "result": "propagate_fault", "fault": {"vector": 14}}],
     }
     case = case_from_obj(obj)
-    assert case.path == "ept_violation"
-    assert case.extra == {name: obj[name] for name in ("phys", "devices", "kvm", "callbacks")}
+    assert case.path == "ept-violation"
+    memslots = [{"base": 0, "size": 0x1000, "flags": 0}]
+    assert case.extra == {name: obj[name] for name in ("phys", "devices", "callbacks")} | {
+        "kvm": {"knobs": {"ept": True}, "memslots": memslots}
+    }
     assert case_from_json(case_to_json(case)) == case
 
 
@@ -117,6 +120,7 @@ BAD_CASES = {
     "mem without addr":    ({"code": "90", "mem": [{"data": "00"}]}, "mem[0].addr: missing"),
     "odd mem":             ({"code": "90", "mem": [{"addr": 0}, {"addr": 0, "data": "0"}]}, "mem[1].data: '0'"),
     "mem past 2^64":       ({"code": "90", "mem": [{"addr": 2**64 - 1, "data": "0000"}]}, "mem[0].data: reaches"),
+    "phys past 2^52":      ({"code": "90", "phys": [{"addr": 2**52 - 1, "data": "0000"}]}, "phys[0].data: reaches beyond the 52-bit"),
     "mem and phys":        ({"code": "90", "mem": [], "phys": []}, "phys: cannot be given together with mem"),
     "msr index":           ({"code": "90", "msr": {"0x100000000": 0}}, "msr.0x100000000: "),
     "msr twice":           ({"code": "90", "msr": {"0x10": 0, "16": 0}}, "msr: the same key twice"),
@@ -141,8 +145,9 @@ def test_bad_case(obj, message):
 def test_too_much_memory():
     entries = [{"addr": hex(i << 12)} for i in range(4097)]
     assert len(case_from_obj({"code": "90", "mem": entries[1:]}).mem.pages) == 4096
-    with pytest.raises(CaseError, match="mem: more than 16 MiB of pages"):
-        case_from_obj({"code": "90", "mem": entries})
+    for name in ("mem", "phys"):
+        with pytest.raises(CaseError, match=f"^{name}: more than 16 MiB of pages"):
+            case_from_obj({"code": "90", name: entries})
 
 
 BAD_DOCUMENTS = {

@@ -11,7 +11,8 @@ from emufuzz.case.catalogue import catalogue
 from emufuzz.case.delta import expect_to_outcome
 from emufuzz.case.errors import CaseError
 from emufuzz.case.json import case_from_obj, case_to_obj, outcome_from_obj, outcome_to_obj
-from emufuzz.case.schema import case_schema, delta_schema, outcome_schema
+from emufuzz.case.schema import case_schema, delta_schema, outcome_schema, schema_of
+from emufuzz.case.spec import Number
 from emufuzz.case.vectors import read_vectors
 
 VECTORS = Path(__file__).parents[2] / "data" / "vectors" / "kvm-6.12.jsonl.zst"
@@ -63,6 +64,14 @@ def test_catalogue_validates():
         {"fpu": {"xmm": [0] * 17}},
         {"vendor": "via"},
         {"devices": [{"kind": "usb", "size": 1}]},
+        {"devices": [{"kind": "mmio", "addr": 0, "size": "0x1000001"}]},
+        {"devices": [{"kind": "mmio", "addr": 0, "size": "0x00"}]},
+        {"path": "ept_violation"},
+        {"kvm": {"nmi": "0x3"}},
+        {"kvm": {"cpuid": {"maxphyaddr": "0x1f"}}},
+        {"kvm": {"cpuid": {"maxphyaddr": "0x35"}}},
+        {"kvm": {"guest_mode": {"mtf": 2}}},
+        {"kvm": {"guest_debug": []}},
     ],
     ids=str,
 )
@@ -80,6 +89,16 @@ def test_schema_and_reader_accept_the_same_numbers(value):
     obj = {"code": "90", "rip": value}
     CASE.validate(obj)
     assert case_from_obj(obj).rip == (value if isinstance(value, int) else int(value, 16))
+
+
+@pytest.mark.parametrize(
+    "spec", [Number(52, min=32), Number(0x1234, min=1), Number(0x1FF), Number(9), Number(0xF0)]
+)
+def test_numbers_as_text_have_the_same_bounds(spec):
+    schema = Draft202012Validator(schema_of(spec))
+    for number in range(0x1300):
+        text = f"0x00{number:X}" if number % 2 else f"{number:#x}"
+        assert schema.is_valid(text) == schema.is_valid(number) == (spec.min <= number <= spec.max)
 
 
 def test_code_is_required():

@@ -1,4 +1,3 @@
-# ruff: noqa: ARG002 - callbacks have KVM's arguments, used or not
 """The register cache; tagged, canonical and wrapping addresses; supplied instruction bytes."""
 
 from __future__ import annotations

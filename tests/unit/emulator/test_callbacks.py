@@ -1,4 +1,3 @@
-# ruff: noqa: ARG002 - callbacks have KVM's arguments, used or not
 """What passes between the emulator and its vcpu: stages, caches, answers, entry points from outside."""
 
 from __future__ import annotations

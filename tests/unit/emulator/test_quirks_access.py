@@ -156,3 +156,24 @@ def test_la57_widens_the_canonical_range():
 def test_stack_addresses_fault_as_ss():
     assert run("prot64", "50", rsp=LOW_END + 8).fault == SS
     assert run("prot32", "50", rsp=STACK_TOP, ss=segment("prot32", "ss", limit=0xFF, g=0)).fault == SS
+
+
+@pytest.mark.parametrize("prefix", ["66", "f2", "f3"])
+def test_quirk_71_prefixes_that_are_not_looked_at(prefix):
+    stored = run("prot64", prefix + "0fc318", rax=DATA_BASE, rbx=0x1122334455)
+    assert stored.rc == "continue"
+    assert stored.events == [("write", DATA_BASE, bytes.fromhex("55443322"))]
+    assert run("prot32", prefix + "0fae00", rax=DATA_BASE).rc == "continue"
+
+
+def test_quirk_72_a_segment_is_read_before_it_is_found_read_only():
+    code = segment("prot32", "cs", type=11)
+    absent = run("prot32", "2e0118", rax=0x50000000, cs=code)
+    assert absent.fault == (PF, 2, 0x50000000)
+    assert run("prot32", "2e0118", rax=DATA_BASE, cs=code).fault == GP
+
+
+def test_quirk_73_a_store_that_faults_has_marked_the_x87_registers():
+    faulted = run("prot64", "0f7f00", rax=0x50000000)
+    assert faulted.fault == (PF, 2, 0x50000000)
+    assert faulted.outcome.system.fpu.ftw == 0xFF

@@ -1,4 +1,3 @@
-# ruff: noqa: ARG002 - callbacks have KVM's arguments, used or not
 """Segment loads whose memory accesses fail, descriptor tables in odd places, the mode after a change."""
 
 from __future__ import annotations
