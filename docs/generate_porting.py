@@ -1,7 +1,8 @@
 # ruff: noqa: INP001 - a script, not a package
 """Write docs/porting.md (`python docs/generate_porting.py`) from the emulator and docs/porting_tables.py.
 
-Markers `KVM deviation:` in comments and docstrings of emufuzz/emulator become the list of deviations.
+Markers `KVM deviation:` in comments and docstrings of emufuzz/emulator become the list of deviations;
+tests whose names begin with test_quirk_NN belong to quirk NN.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Final, NamedTuple
 
 ROOT: Final = Path(__file__).parents[1]
 EMULATOR: Final = ROOT / "emufuzz/emulator"
+KVM: Final = ROOT / "emufuzz/kvm"
+TESTS: Final = (ROOT / "tests/unit/emulator", ROOT / "tests/unit/kvm")
+QUIRK_TEST: Final = re.compile(r"^def (test_quirk(?:_\d\d|s(?:_\d\d)+)_\w+)", re.MULTILINE)
 TARGET: Final = ROOT / "docs/porting.md"
 MARKER: Final = "KVM deviation:"
 REFERENCE: Final = re.compile(r"(SDM|APM) Vol\. [1-3][A-D]?")
@@ -175,11 +179,52 @@ def function_rows(by_name: dict[str, list[Definition]]) -> Iterator[str]:
             yield f"| `{name}` | {', '.join(texts)} |"
 
 
+def quirks_of(test: str) -> list[int]:
+    """The numbers in a test's name: one after test_quirk_, any number of them after test_quirks_."""
+    numbers = re.match(r"test_quirk(?:_(\d\d)|s((?:_\d\d)+))_", test)
+    return [int(n) for n in (numbers[1] or numbers[2][1:]).split("_")] if numbers else []
+
+
+def quirk_tests() -> dict[int, dict[str, list[str]]]:
+    """Quirk -> test module -> the tests that pin it there."""
+    found: dict[int, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted(path for folder in TESTS for path in folder.glob("test_*.py")):
+        for name in QUIRK_TEST.findall(path.read_text("utf-8")):
+            for number in quirks_of(name):
+                found[number][f"{path.parent.name}/{path.name}"].append(name)
+    return found
+
+
+def model_place(place: str) -> str:
+    """`module:function` of the KVM model, as the table shows it.
+
+    Raises:
+        KeyError: there is no such function.
+    """
+    module, _, name = place.partition(":")
+    tree = ast.parse((KVM / module).read_text("utf-8"))
+    if not any(isinstance(node, ast.FunctionDef) and node.name == name for node in ast.walk(tree)):
+        raise KeyError(place)
+    return f"`kvm/{module}`: `{name}`"
+
+
 def quirk_rows() -> Iterator[str]:
-    """The numbered quirks and where each one is."""
+    """The numbered quirks, where each one is, and the tests behind it.
+
+    Raises:
+        KeyError: a place that the KVM model does not define, or a quirk without a test.
+    """
+    tests = dict(quirk_tests())
     for quirk in tables.QUIRKS:
-        places = ", ".join(f"`{place}`" for place in quirk.places.split())
-        yield f"| {quirk.number} | {quirk.what} | {places or 'the KVM model'} |"
+        places = [f"`{place}`" for place in quirk.places.split()]
+        places += [model_place(place) for place in quirk.model.split()]
+        behind = "<br>".join(f"`{module}`: {_names(names)}" for module, names in tests[quirk.number].items())
+        yield f"| {quirk.number} | {quirk.what} | {', '.join(places)} | {behind} |"
+
+
+def _names(tests: list[str]) -> str:
+    more = f" and {len(tests) - 1} more" if len(tests) > 1 else ""
+    return f"`{tests[0]}`{more}"
 
 
 def deviation_lines() -> Iterator[str]:
@@ -200,9 +245,11 @@ def render() -> str:
         "## Function by function",
         *function_rows(by_name),
         "\n## Quirks\n",
-        "Where KVM and the processor differ, numbered; `tests/unit/emulator` has one `test_quirk_NN_...` for",
-        "each that lies in the emulator. The others need KVM around it and belong to the KVM model.\n",
-        "| # | quirk | place |\n|---|---|---|",
+        "Where KVM and the processor differ, numbered. What lies in the emulator is tested on it alone",
+        "(`tests/unit/emulator`, one test for each). What needs KVM around it (devices, userspace, interrupt",
+        "shadows, breakpoints, task switches, L1) is tested through real exits (`tests/unit/kvm`, modules",
+        "`test_harness_quirks_*.py`), whose docstrings say what hardware does.\n",
+        "| # | quirk | place | tests |\n|---|---|---|---|",
         *quirk_rows(),
         "\n## Deviations from the hardware\n\nThe code's own markers.",
         *deviation_lines(),

@@ -118,12 +118,14 @@ DISSOLVED: Final[dict[str, str]] = {
 class Quirk(NamedTuple):
     """A place where KVM's emulation differs from the processor.
 
-    `places` names the marked Python functions; empty: it lies around the emulator, in the KVM model.
+    `places` names the marked functions of the emulator, `model` functions of the KVM model around it
+    as `module:function`.
     """
 
     number: int
     what: str
     places: str
+    model: str = ""
 
 
 QUIRKS: Final = (
@@ -138,13 +140,25 @@ QUIRKS: Final = (
     Quirk(9, "Many instructions are not implemented", "_decode"),
     Quirk(10, "ENDBR and some multi-byte NOPs decode and then fail", "_execute"),
     Quirk(11, "RDTSCP, MONITOR, MWAIT, INT1, SVM instructions decode and then fail", "_execute"),
-    Quirk(12, "A failure at CPL 0 queues #UD and leaves to userspace as well", ""),
+    Quirk(
+        12,
+        "A failure at CPL 0 queues #UD and leaves to userspace as well",
+        "",
+        "x86.py:handle_emulation_failure",
+    ),
     Quirk(13, "66 together with a mandatory F2 or F3 is refused", "_select"),
     Quirk(14, "MOV m, Sreg, SLDT and STR with REX.W store 8 bytes", "em_store_sreg"),
     Quirk(15, "SLDT and STR read their destination first", "em_sldt em_str"),
     Quirk(16, "MOV Sreg reads memory before an invalid register is #UD", "em_mov_sreg_rm"),
-    Quirk(17, "The MOV SS shadow is set although the load faults", "em_mov_sreg_rm em_pop_sreg"),
-    Quirk(18, "STI sets its shadow although IF was set", "em_sti"),
+    Quirk(
+        17,
+        "The MOV SS shadow is set although the load faults",
+        "em_mov_sreg_rm em_pop_sreg",
+        "interruptibility.py:toggle_interruptibility",
+    ),
+    Quirk(
+        18, "STI sets its shadow although IF was set", "em_sti", "interruptibility.py:toggle_interruptibility"
+    ),
     Quirk(19, "CLI and STI in virtual-8086 mode are #GP with any IOPL", "emulator_bad_iopl"),
     Quirk(20, "PUSHF in virtual-8086 mode ignores IOPL, POPF checks it late", "em_pushf em_popf"),
     Quirk(21, "ENTER: no nesting, stack-sized push, no probe of the frame", "em_enter"),
@@ -178,31 +192,61 @@ QUIRKS: Final = (
         44, "FXSAVE, FXRSTOR: not in 64-bit mode, 160 or 288 bytes", "_check_fxsr _fxstate_size em_fxrstor"
     ),
     Quirk(45, "I/O bitmap: limit, page faults, short TSS", "emulator_io_port_access_allowed"),
-    Quirk(46, "REP IN reads the port many times", "_read_ahead_count"),
-    Quirk(47, "A fault in a task switch is lost", "emulator_task_switch"),
-    Quirk(48, "REP INS reads the port before it checks the destination", "em_in"),
-    Quirk(49, "One #DB and no interrupt window per up to 1024 REP iterations", ""),
-    Quirk(50, "Data and I/O breakpoints are not checked", ""),
-    Quirk(51, "A failed cmpxchg commits RFLAGS and counts as an instruction", ""),
-    Quirk(52, "Descriptor tables and images in MMIO are tried for ever", ""),
-    Quirk(53, "Of several MMIO writes of an instruction the last is reported", ""),
-    Quirk(54, "Stack reads from MMIO move RSP twice", "emulate_pop"),
-    Quirk(55, "The address of the exit stands for any access with its page offset", ""),
-    Quirk(56, "LOCK on MMIO and across pages is a plain write", ""),
+    Quirk(46, "REP IN reads the port many times", "_read_ahead_count", "pio.py:emulator_pio_in_emulated"),
+    Quirk(47, "A fault in a task switch is lost", "emulator_task_switch", "exit_event.py:kvm_task_switch"),
+    Quirk(
+        48,
+        "REP INS reads the port before it checks the destination",
+        "em_in",
+        "pio.py:emulator_pio_in_emulated",
+    ),
+    Quirk(49, "One #DB and no interrupt window per up to 1024 REP iterations", "", "x86.py:_writeback"),
+    Quirk(50, "Data and I/O breakpoints are not checked", "", "debugregs.py:kvm_vcpu_check_code_breakpoint"),
+    Quirk(51, "A failed cmpxchg commits RFLAGS and counts as an instruction", "", "x86.py:_writeback"),
+    Quirk(
+        52,
+        "Descriptor tables and images in MMIO are tried for ever",
+        "",
+        "guest_virt.py:read_guest_virt guest_virt.py:write_guest_virt",
+    ),
+    Quirk(
+        53,
+        "Of several MMIO writes of an instruction the last is reported",
+        "",
+        "emulated_mmio.py:emulator_write_emulated",
+    ),
+    Quirk(54, "Stack reads from MMIO move RSP twice", "emulate_pop", "emulated_mmio.py:advance_mmio"),
+    Quirk(
+        55,
+        "The address of the exit stands for any access with its page offset",
+        "",
+        "emulated_mmio.py:_translate",
+    ),
+    Quirk(
+        56, "LOCK on MMIO and across pages is a plain write", "", "emulated_mmio.py:emulator_cmpxchg_emulated"
+    ),
     Quirk(57, "Hypercalls are patched at RIP as a linear address", "em_hypercall"),
-    Quirk(58, "OUT completes before userspace sees it", "em_out"),
+    Quirk(58, "OUT completes before userspace sees it", "em_out", "x86.py:_conclude"),
     Quirk(59, "POPF knows no VIF and VIP", "em_popf"),
     Quirk(60, "Real mode with CS.D decodes as 32-bit code", "_decode_prefixes"),
     Quirk(61, "LAHF, CMPXCHG, MOVNTI and SSE do not ask CPUID", "em_sahf _decode"),
-    Quirk(62, "A fault while decoding on #UD becomes #UD", ""),
+    Quirk(62, "A fault while decoding on #UD becomes #UD", "", "x86.py:_decode"),
     Quirk(63, "REP with a zero count: RIP not cut, no third intercept stage", "_check"),
-    Quirk(64, "A nested hypervisor sees the current RIP as the next one", ""),
+    Quirk(
+        64,
+        "A nested hypervisor sees the current RIP as the next one, and PAUSE by the wrong controls",
+        "",
+        "nested.py:vmx_check_intercept",
+    ),
     Quirk(65, "What PUSHA and CALL far pushed before a fault stays", "em_pusha em_call_far"),
-    Quirk(66, "HLT only leaves a request that another exit consumes", ""),
+    Quirk(66, "HLT only leaves a request that another exit consumes", "", "emulate_ops.py:halt"),
     Quirk(67, "LSS, LFS, LGS with REX.W read 10 bytes for AMD too", "em_lseg"),
     Quirk(68, "FNST* do not raise #MF; FNSTSW AX is missing", "em_fnstsw"),
     Quirk(69, "INT n has a sign-extended vector: 80h and above lie below the IVT", "sw_int"),
     Quirk(70, "A failed CMPXCHG of 32-bit registers zero-extends the destination", "em_cmpxchg"),
+    Quirk(71, "MOVNTI, FXSAVE, FXRSTOR and VMCALL accept 66, F2 and F3", "_select"),
+    Quirk(72, "What reads and writes a read-only segment reads it before the #GP", "_read_operands"),
+    Quirk(73, "MOVQ m, mm that faults has marked all x87 registers valid", "_check_fpu"),
 )
 
 #: Rule of the comparison with other decoders -> (who is right, what they disagree about).

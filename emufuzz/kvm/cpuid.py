@@ -41,6 +41,7 @@ FEATURES: Final = {
     "pcid":            Feature(1, 0, ECX, 17),
     "x2apic":          Feature(1, 0, ECX, 21),
     "movbe":           Feature(1, 0, ECX, 22),
+    "tsc_deadline":    Feature(1, 0, ECX, 24),
     "xsave":           Feature(1, 0, ECX, 26),
     "rdrand":          Feature(1, 0, ECX, 30),
     "osxsave":         Feature(1, 0, ECX, 27),

@@ -7,7 +7,6 @@ set_cr4_guest_host_mask. SDM Vol. 3A 2.5 "Control Registers", Vol. 3C 24.6.6.
 
 from __future__ import annotations
 
-import struct
 from typing import Final
 
 from emufuzz.arch import cr as crs
@@ -15,6 +14,8 @@ from emufuzz.kvm import vmcs_fields as vf
 from emufuzz.kvm.address import X86_CR3_LAM_U48, X86_CR3_LAM_U57
 from emufuzz.kvm.cpuid import X86_CR4_PKE, X86_CR4_VMXE
 from emufuzz.kvm.guest_state import vmx_emulation_required
+from emufuzz.kvm.lapic_irq import kvm_lapic_get_cr8, kvm_lapic_set_tpr
+from emufuzz.kvm.mmu.paging import valid_pdptes
 from emufuzz.kvm.regs import (
     KVM_POSSIBLE_CR0_GUEST_BITS,
     KVM_POSSIBLE_CR4_GUEST_BITS,
@@ -67,9 +68,6 @@ KVM_MMU_CR4_ROLE_BITS: Final = (
 )
 
 _CR3_EXITING_BITS: Final = CPU_BASED_CR3_LOAD_EXITING | CPU_BASED_CR3_STORE_EXITING
-_PDPTE_PRESENT: Final = 1
-_PDPTE_RESERVED: Final = 0x1E6  # bits 2:1 and 8:5
-_FOUR_PDPTES: Final = struct.Struct("<4Q")
 
 
 def set_guest_owned_bits(vcpu: Vcpu) -> None:
@@ -198,12 +196,9 @@ def load_pdptrs(vcpu: Vcpu, cr3: int) -> bool:
 
     SDM Vol. 3A 4.4.1 "PDPTE Registers".
     """
-    data = vcpu.hooks.read_guest(cr3 & ~0x1F, 32)
-    if data is None:
-        return False
-    entries = _FOUR_PDPTES.unpack(data)
-    reserved = vcpu.cpuid.reserved_gpa_bits | _PDPTE_RESERVED
-    if any(entry & _PDPTE_PRESENT and entry & reserved for entry in entries):
+    data = vcpu.hooks.read_pdptes(cr3 & ~0x1F)
+    entries = None if data is None else valid_pdptes(data, vcpu.cpuid.maxphyaddr)
+    if entries is None:
         return False
     vcpu.pdptrs[:] = entries
     kvm_register_mark_dirty(vcpu, VCPU_EXREG_PDPTR)
@@ -319,13 +314,16 @@ def _post_set_cr4(vcpu: Vcpu, old_cr4: int, cr4: int) -> None:
 
 
 def kvm_set_cr8(vcpu: Vcpu, cr8: int) -> int:
-    """MOV to CR8: 0, or 1 for #GP above 15."""
+    """MOV to CR8: 0, or 1 for #GP above 15. An in-kernel APIC keeps it in its TPR."""
     if cr8 >> 4:
         return 1
-    vcpu.cr8 = cr8
+    if vcpu.apic is not None:
+        kvm_lapic_set_tpr(vcpu, cr8)
+    else:
+        vcpu.cr8 = cr8
     return 0
 
 
 def kvm_get_cr8(vcpu: Vcpu) -> int:
     """CR8, the task priority."""
-    return vcpu.cr8
+    return vcpu.cr8 if vcpu.apic is None else kvm_lapic_get_cr8(vcpu)

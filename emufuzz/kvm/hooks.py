@@ -9,8 +9,14 @@ from typing import Protocol
 class VcpuHooks(Protocol):
     """The calls that leave the register side of the model."""
 
-    def read_guest(self, gpa: int, size: int) -> bytes | None:
-        """Guest-physical memory within one page, None where no memslot is (kvm_vcpu_read_guest_page)."""
+    def read_pdptes(self, gpa: int) -> bytes | None:
+        """The 32 bytes of the four PDPTEs, None where no memslot is (kvm_vcpu_read_guest_page)."""
+
+    def read_phys(self, gpa: int, size: int) -> bytes | None:
+        """Guest-physical memory across pages, None if part of it is in no memslot (kvm_read_guest)."""
+
+    def write_phys(self, gpa: int, data: bytes) -> bool:
+        """Store to guest-physical memory across pages; False where that fails (kvm_write_guest)."""
 
     def mmu_reset_context(self) -> None:
         """The paging mode changed (kvm_mmu_reset_context, kvm_init_mmu)."""
@@ -43,9 +49,17 @@ class IsolatedHooks:
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
 
-    def read_guest(self, gpa: int, size: int) -> bytes | None:  # noqa: ARG002 - there is no memory
+    def read_pdptes(self, gpa: int) -> bytes | None:  # noqa: ARG002 - there is no memory
         """No memslot anywhere."""
         return None
+
+    def read_phys(self, gpa: int, size: int) -> bytes | None:  # noqa: ARG002 - there is no memory
+        """No memslot anywhere."""
+        return None
+
+    def write_phys(self, gpa: int, data: bytes) -> bool:  # noqa: ARG002 - there is no memory
+        """No memslot anywhere."""
+        return False
 
     def mmu_reset_context(self) -> None:
         """Count the call."""

@@ -2,7 +2,7 @@
 
 KVM: kvm_check_and_inject_events, vmx_inject_exception, vmx_inject_irq, vmx_inject_nmi,
 kvm_inject_realmode_interrupt (its caller's side), __vmx_complete_interrupts, vmx_cancel_injection,
-process_nmi, vmx_get_nmi_mask, vmx_enable_nmi_window.
+process_smi, process_nmi, vmx_enable_nmi_window.
 SDM Vol. 3C 24.8.3 "VM-Entry Controls for Event Injection", 26.6 "Event Injection".
 """
 
@@ -28,10 +28,13 @@ from emufuzz.kvm.exceptions import (
     kvm_requeue_exception,
     kvm_requeue_exception_e,
 )
-from emufuzz.kvm.regs import is_protmode
+from emufuzz.kvm.lapic_irq import kvm_cpu_get_interrupt, kvm_cpu_has_injectable_intr
+from emufuzz.kvm.nmi import vmx_get_nmi_mask, vmx_set_nmi_mask
+from emufuzz.kvm.regs import is_protmode, vmx_get_intr_info
 from emufuzz.kvm.rflags import KVM_GUESTDBG_BLOCKIRQ, kvm_get_rflags, set_rflags_no_event
 from emufuzz.kvm.rflags_read import vmx_get_rflags
-from emufuzz.kvm.vcpu import KVM_REQ_EVENT, KVM_REQ_TRIPLE_FAULT, Vcpu
+from emufuzz.kvm.smm import enter_smm
+from emufuzz.kvm.vcpu import KVM_REQ_EVENT, KVM_REQ_TRIPLE_FAULT, KVM_REQ_VM_DEAD, Vcpu
 from emufuzz.kvm.vmx_bits import (
     CPU_BASED_INTR_WINDOW_EXITING,
     CPU_BASED_NMI_WINDOW_EXITING,
@@ -42,6 +45,7 @@ from emufuzz.kvm.vmx_bits import (
     GUEST_INTR_STATE_STI,
     INTR_INFO_DELIVER_CODE_MASK,
     INTR_INFO_INTR_TYPE_MASK,
+    INTR_INFO_UNBLOCK_NMI,
     INTR_INFO_VALID_MASK,
     INTR_INFO_VECTOR_MASK,
     INTR_TYPE_EXT_INTR,
@@ -127,10 +131,10 @@ def vmx_inject_nmi(vcpu: Vcpu) -> None:
 def kvm_check_and_inject_events(vcpu: Vcpu) -> bool:
     """Before an entry: re-inject an interrupted delivery, then inject the first of what is pending.
 
-    Interrupts are those that `kvm_queue_interrupt` has queued; there is no interrupt controller.
+    Interrupts are those that `kvm_queue_interrupt` has queued, and those of an in-kernel local APIC.
 
     Returns:
-        Whether the entry must exit at once, as an NMI waits for the event that goes first.
+        Whether the entry must exit at once, as an NMI or interrupt waits for the event that goes first.
     """
     if vcpu.exception.injected:
         kvm_inject_exception(vcpu)
@@ -143,16 +147,50 @@ def kvm_check_and_inject_events(vcpu: Vcpu) -> bool:
     if vcpu.exception.pending:
         _inject_pending_exception(vcpu)
         can_inject = False
-    if vcpu.guest_debug & KVM_GUESTDBG_BLOCKIRQ or not vcpu.nmi_pending:
+    if vcpu.guest_debug & KVM_GUESTDBG_BLOCKIRQ:
         return False
-    if not can_inject or (vcpu.guest_mode is not None and vcpu.guest_mode.exit_on_nmi):
-        return True
-    if not vmx_nmi_blocked(vcpu):
+    if vcpu.smi_pending:
+        if not can_inject:
+            return True
+        can_inject = not _serve_smi(vcpu)
+    if vcpu.nmi_pending:
+        if not can_inject or (vcpu.guest_mode is not None and vcpu.guest_mode.exit_on_nmi):
+            return True
+        can_inject = not _inject_pending_nmi(vcpu)
+    return kvm_cpu_has_injectable_intr(vcpu) and _inject_interrupt(vcpu, can_inject=can_inject)
+
+
+def _serve_smi(vcpu: Vcpu) -> bool:
+    """Enter SMM, which is the result; the SMI waits in SMM (KVM: vmx_smi_allowed), here also in L2."""
+    if vcpu.smm or vcpu.guest_mode is not None:
+        return False
+    vcpu.smi_pending = False
+    if not enter_smm(vcpu):
+        vcpu.make_request(KVM_REQ_VM_DEAD)
+    return True
+
+
+def _inject_pending_nmi(vcpu: Vcpu) -> bool:
+    """Inject an NMI unless it is blocked, which is the result; what is left opens a window."""
+    allowed = not vmx_nmi_blocked(vcpu)
+    if allowed:
         vcpu.nmi_pending -= 1
         vcpu.nmi_injected = True
         vmx_inject_nmi(vcpu)
     if vcpu.nmi_pending:
         vmx_enable_nmi_window(vcpu)
+    return allowed
+
+
+def _inject_interrupt(vcpu: Vcpu, *, can_inject: bool) -> bool:
+    """Inject the local APIC's interrupt or wait for a window; True if another event goes first."""
+    if not can_inject or (vcpu.guest_mode is not None and vcpu.guest_mode.exit_on_intr):
+        return True
+    if not vmx_interrupt_blocked(vcpu):
+        kvm_queue_interrupt(vcpu, kvm_cpu_get_interrupt(vcpu), soft=False)
+        vmx_inject_irq(vcpu)
+    if kvm_cpu_has_injectable_intr(vcpu):
+        vmx_enable_irq_window(vcpu)
     return False
 
 
@@ -171,6 +209,12 @@ def _inject_pending_exception(vcpu: Vcpu) -> None:
     queued.injected = True
 
 
+def process_smi(vcpu: Vcpu) -> None:
+    """An SMI that arrived becomes pending."""
+    vcpu.smi_pending = True
+    vcpu.make_request(KVM_REQ_EVENT)
+
+
 def process_nmi(vcpu: Vcpu) -> None:
     """NMIs that arrived become pending: two at most, one while NMIs are blocked."""
     limit = 1 if vmx_get_nmi_mask(vcpu) or vcpu.nmi_injected else 2
@@ -178,29 +222,6 @@ def process_nmi(vcpu: Vcpu) -> None:
     vcpu.nmi_queued = 0
     if vcpu.nmi_pending:
         vcpu.make_request(KVM_REQ_EVENT)
-
-
-def vmx_get_nmi_mask(vcpu: Vcpu) -> bool:
-    """NMIs are blocked until IRET."""
-    if not vcpu.options.vnmi:
-        return vcpu.soft_vnmi_blocked
-    if vcpu.nmi_known_unmasked:
-        return False
-    masked = bool(vcpu.vmcs.values[vf.GUEST_INTERRUPTIBILITY_INFO] & GUEST_INTR_STATE_NMI)
-    vcpu.nmi_known_unmasked = not masked
-    return masked
-
-
-def vmx_set_nmi_mask(vcpu: Vcpu, *, masked: bool) -> None:
-    """Block NMIs, or let them in."""
-    if not vcpu.options.vnmi:
-        vcpu.soft_vnmi_blocked = masked
-        return
-    vcpu.nmi_known_unmasked = not masked
-    if masked:
-        vcpu.vmcs.set_bits(vf.GUEST_INTERRUPTIBILITY_INFO, GUEST_INTR_STATE_NMI)
-    else:
-        vcpu.vmcs.clear_bits(vf.GUEST_INTERRUPTIBILITY_INFO, GUEST_INTR_STATE_NMI)
 
 
 def vmx_nmi_blocked(vcpu: Vcpu) -> bool:
@@ -233,6 +254,22 @@ def vmx_enable_nmi_window(vcpu: Vcpu) -> None:
         vmx_enable_irq_window(vcpu)
     else:
         vcpu.vmcs.set_bits(vf.CPU_BASED_VM_EXEC_CONTROL, CPU_BASED_NMI_WINDOW_EXITING)
+
+
+def vmx_recover_nmi_blocking(vcpu: Vcpu) -> None:
+    """An exception out of IRET, which had unblocked NMIs: block them until it has run (SDM Vol. 3C 27.2.2).
+
+    The bit that tells means nothing for a #DF or during the delivery of an event.
+    """
+    if not vcpu.options.vnmi or vcpu.nmi_known_unmasked:
+        return
+    info, vectoring = vmx_get_intr_info(vcpu), vcpu.vmcs.values[vf.IDT_VECTORING_INFO_FIELD]
+    unblocked = info & INTR_INFO_VALID_MASK and info & INTR_INFO_UNBLOCK_NMI
+    if unblocked and info & INTR_INFO_VECTOR_MASK != ex.DF_VECTOR and not vectoring & INTR_INFO_VALID_MASK:
+        vcpu.vmcs.set_bits(vf.GUEST_INTERRUPTIBILITY_INFO, GUEST_INTR_STATE_NMI)
+    else:
+        blocked = vcpu.vmcs.values[vf.GUEST_INTERRUPTIBILITY_INFO] & GUEST_INTR_STATE_NMI
+        vcpu.nmi_known_unmasked = not blocked
 
 
 def vmx_complete_interrupts(vcpu: Vcpu) -> None:

@@ -13,6 +13,7 @@ from emufuzz.arch.exceptions import DB_VECTOR
 from emufuzz.arch.rflags import X86_EFLAGS_TF
 from emufuzz.kvm import vmcs_fields as vf
 from emufuzz.kvm.debugregs import kvm_vcpu_do_singlestep
+from emufuzz.kvm.exit_reasons import EXIT_REASON_EPT_MISCONFIG
 from emufuzz.kvm.regs import kvm_rip_read, kvm_rip_write
 from emufuzz.kvm.rflags_read import vmx_get_rflags
 from emufuzz.kvm.segments import is_64_bit_mode
@@ -21,8 +22,6 @@ from emufuzz.kvm.vmx_bits import GUEST_INTR_STATE_MOV_SS, GUEST_INTR_STATE_STI
 
 KVM_X86_SHADOW_INT_MOV_SS: Final = 1
 KVM_X86_SHADOW_INT_STI: Final = 2
-
-EXIT_REASON_EPT_MISCONFIG: Final = 49
 
 _MASK32: Final = 0xFFFFFFFF
 _MASK64: Final = (1 << 64) - 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Final, Protocol
 
 from emufuzz.case.model import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, ZERO_PAGE
@@ -275,10 +276,7 @@ class GuestMemory:
 
     @staticmethod
     def _check(space: KvmMemslots, old: MemorySlot | None, new: MemorySlot) -> None:
-        if new.npages < 0 or new.base_gfn < 0 or new.end_gfn > _MAX_GFN:
-            raise MemslotError(f"slot {new.id}: frames {new.base_gfn:#x}+{new.npages:#x} are out of range")
-        if new.flags & ~KVM_MEM_FLAGS:
-            raise MemslotError(f"slot {new.id}: unknown flags {new.flags:#x}")
+        _check_slot(new)
         if old is not None and (
             old.npages != new.npages
             or old.userspace_pfn != new.userspace_pfn
@@ -309,6 +307,14 @@ class GuestMemory:
         for as_id in range(KVM_ADDRESS_SPACE_NUM):
             self.set_memory_region(slot_id, gfn, 1, 0, as_id, PRIVATE_PFN + slot_id)
 
+    def share_with_smm(self) -> None:
+        """Give SMM the slots of the normal address space, on the same host frames."""
+        slots = self.spaces[0].slots
+        self.spaces[1].replace(
+            MemorySlot(slot.id, slot.base_gfn, slot.npages, slot.flags, 1, slot.userspace_pfn)
+            for slot in slots
+        )
+
     def get_dirty_log(self, slot: MemorySlot) -> list[int]:
         """Frames of a slot that were written since the last call, sorted (KVM_GET_DIRTY_LOG)."""
         gfns = sorted(
@@ -317,6 +323,13 @@ class GuestMemory:
         self.dirty.difference_update([(slot.as_id, gfn) for gfn in gfns])
         self._log_dirty(slot, gfns)
         return gfns
+
+
+def _check_slot(slot: MemorySlot) -> None:
+    if slot.npages < 0 or slot.base_gfn < 0 or slot.end_gfn > _MAX_GFN:
+        raise MemslotError(f"slot {slot.id}: frames {slot.base_gfn:#x}+{slot.npages:#x} are out of range")
+    if slot.flags & ~KVM_MEM_FLAGS:
+        raise MemslotError(f"slot {slot.id}: unknown flags {slot.flags:#x}")
 
 
 def kvm_is_visible_memslot(slot: MemorySlot) -> bool:
@@ -347,10 +360,18 @@ def memory_from_regions(pages: Mapping[int, bytes], regions: Iterable[tuple[int,
         MemslotError: A region is empty, not page-aligned, overlaps another one or has unknown flags.
     """
     memory = GuestMemory(pages)
+    slots: list[MemorySlot] = []
     for index, (base, size, flags) in enumerate(regions):
         if (base | size) & PAGE_MASK or not size:
             raise MemslotError(
                 f"memslot {index}: base {base:#x} and size {size:#x} must be multiples of 4096"
             )
-        memory.set_memory_region(index, base >> PAGE_SHIFT, size >> PAGE_SHIFT, flags)
+        gfn = base >> PAGE_SHIFT
+        slots.append(MemorySlot(index, gfn, size >> PAGE_SHIFT, flags, 0, gfn))
+        _check_slot(slots[-1])
+    slots.sort(key=lambda slot: slot.base_gfn)
+    for low, high in pairwise(slots):
+        if high.base_gfn < low.end_gfn:
+            raise MemslotError(f"slot {max(low.id, high.id)} overlaps slot {min(low.id, high.id)}")
+    memory.spaces[0].replace(slots)
     return memory

@@ -12,6 +12,7 @@ from emufuzz.kvm import msr_index as mi
 from emufuzz.kvm import vmcs_fields as vf
 from emufuzz.kvm.address import canonical_address, is_noncanonical_msr_address, max_host_virt_addr_bits
 from emufuzz.kvm.capabilities import VMX_MSRS, vmx_capability_msr
+from emufuzz.kvm.lapic import X2APIC_MSRS
 from emufuzz.kvm.msr_common import (
     KVM_MSR_RET_FILTERED,
     KVM_MSR_RET_UNSUPPORTED,
@@ -46,7 +47,6 @@ _VMCS_MSRS: Final = {
 _URET_MSRS: Final = frozenset(
     {mi.MSR_STAR, mi.MSR_LSTAR, mi.MSR_CSTAR, mi.MSR_SYSCALL_MASK, mi.MSR_TSC_AUX, mi.MSR_KERNEL_GS_BASE}
 )
-_X2APIC: Final = range(mi.APIC_BASE_MSR, mi.APIC_BASE_MSR + 0x100)
 
 _FEAT_CTL_LOCKED: Final = 1 << 0
 _FEAT_CTL_VMX_OUTSIDE_SMX: Final = 1 << 2
@@ -168,7 +168,7 @@ def kvm_set_msr(vcpu: Vcpu, index: int, data: int, *, host: bool = False) -> int
 
 def kvm_msr_allowed(vcpu: Vcpu, index: int) -> bool:
     """The userspace filter lets the guest at this MSR; x2APIC cannot be filtered."""
-    return index not in vcpu.options.msr_denied or index in _X2APIC
+    return index not in vcpu.options.msr_denied or index in X2APIC_MSRS
 
 
 def kvm_get_msr_with_filter(vcpu: Vcpu, index: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """MSRs that Intel and AMD hosts handle alike (KVM: kvm_get_msr_common, kvm_set_msr_common).
 
-Left out, and therefore unknown to the guest: the virtual PMU, x2APIC, SGX, Processor Trace, Xen
-and Hyper-V, and the paravirtual MSRs that start host services.
+Left out, and therefore unknown to the guest: the virtual PMU, SGX, Processor Trace, Xen, and
+the paravirtual MSRs that start host services.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from emufuzz.arch import cr as crs
 from emufuzz.kvm import mce, mtrr
 from emufuzz.kvm import msr_index as mi
 from emufuzz.kvm.cr import kvm_update_cpuid_runtime, vmx_set_efer
+from emufuzz.kvm.hyperv_msr import kvm_hv_get_msr_common, kvm_hv_set_msr_common
+from emufuzz.kvm.hyperv_regs import HV_MSRS
+from emufuzz.kvm.lapic import X2APIC_MSRS, apic_base_changed, kvm_x2apic_msr_read, kvm_x2apic_msr_write
+from emufuzz.kvm.lapic_timer import kvm_get_lapic_tscdeadline_msr, kvm_set_lapic_tscdeadline_msr
 from emufuzz.kvm.regs import is_paging
 from emufuzz.kvm.vcpu import IA32_PAT_RESET, KVM_REQ_CLOCK_UPDATE, Vcpu
 
@@ -64,7 +68,6 @@ _STORED: Final = {
     mi.MSR_IA32_POWER_CTL:        0,
     mi.MSR_IA32_TSC:              0,
     mi.MSR_IA32_TSC_ADJUST:       0,
-    mi.MSR_IA32_TSC_DEADLINE:     0,
     mi.MSR_IA32_MISC_ENABLE:      MSR_IA32_MISC_ENABLE_PMU_RO_MASK | 1 << 0,
     mi.MSR_MISC_FEATURES_ENABLES: 0,
     mi.MSR_K7_HWCR:               0,
@@ -96,6 +99,10 @@ def kvm_get_msr_common(vcpu: Vcpu, index: int, *, host: bool) -> tuple[int, int]
         return 0, vcpu.apic_base
     if mtrr.is_mtrr(index):
         return mtrr.kvm_mtrr_get_msr(vcpu, index)
+    if index in X2APIC_MSRS:
+        return kvm_x2apic_msr_read(vcpu, index)
+    if index in HV_MSRS:
+        return kvm_hv_get_msr_common(vcpu, index, host=host)
     reader = _READERS.get(index)
     if reader is not None:
         return reader(vcpu, host)
@@ -111,7 +118,7 @@ def _get_platform_info(vcpu: Vcpu, host: bool) -> tuple[int, int]:
 
 
 def _get_smbase(vcpu: Vcpu, host: bool) -> tuple[int, int]:
-    return (0, vcpu.msrs.get(mi.MSR_IA32_SMBASE, 0x30000)) if host else (1, 0)
+    return (0, vcpu.smbase) if host else (1, 0)
 
 
 def _get_xss(vcpu: Vcpu, host: bool) -> tuple[int, int]:
@@ -126,11 +133,16 @@ def _get_arch_capabilities(vcpu: Vcpu, host: bool) -> tuple[int, int]:
     return 0, vcpu.msrs.get(mi.MSR_IA32_ARCH_CAPABILITIES, 0)
 
 
+def _get_tsc_deadline(vcpu: Vcpu, host: bool) -> tuple[int, int]:  # noqa: ARG001 - readers have one signature
+    return 0, kvm_get_lapic_tscdeadline_msr(vcpu)
+
+
 _READERS: Final[dict[int, Callable[[Vcpu, bool], tuple[int, int]]]] = {
     mi.MSR_PLATFORM_INFO: _get_platform_info,
     mi.MSR_IA32_SMBASE: _get_smbase,
     mi.MSR_IA32_XSS: _get_xss,
     mi.MSR_IA32_ARCH_CAPABILITIES: _get_arch_capabilities,
+    mi.MSR_IA32_TSC_DEADLINE: _get_tsc_deadline,
 }
 
 
@@ -145,7 +157,11 @@ def kvm_set_msr_common(vcpu: Vcpu, index: int, data: int, *, host: bool) -> int:
         return mtrr.kvm_mtrr_set_msr(vcpu, index, data)
     if mce.is_mce(index):
         return mce.set_msr_mce(vcpu, index, data, host=host)
-    if index in (mi.MSR_IA32_POWER_CTL, mi.MSR_IA32_TSC_DEADLINE, mi.MSR_IA32_MCG_STATUS):
+    if index in X2APIC_MSRS:
+        return kvm_x2apic_msr_write(vcpu, index, data)
+    if index in HV_MSRS:
+        return kvm_hv_set_msr_common(vcpu, index, data, host=host)
+    if index in (mi.MSR_IA32_POWER_CTL, mi.MSR_IA32_MCG_STATUS):
         vcpu.msrs[index] = data
         return 0
     return KVM_MSR_RET_UNSUPPORTED
@@ -215,6 +231,7 @@ def _set_apic_base(vcpu: Vcpu, data: int, host: bool) -> int:
     vcpu.apic_base = data
     if (old ^ data) & APICBASE_ENABLE:
         kvm_update_cpuid_runtime(vcpu)
+    apic_base_changed(vcpu, old)
     return 0
 
 
@@ -225,6 +242,11 @@ def _set_tsc(vcpu: Vcpu, data: int, host: bool) -> int:
         adjust = vcpu.msrs.get(mi.MSR_IA32_TSC_ADJUST, 0)
         vcpu.msrs[mi.MSR_IA32_TSC_ADJUST] = adjust + delta & _MASK64
     vcpu.msrs[mi.MSR_IA32_TSC] = data
+    return 0
+
+
+def _set_tsc_deadline(vcpu: Vcpu, data: int, host: bool) -> int:  # noqa: ARG001 - as above
+    kvm_set_lapic_tscdeadline_msr(vcpu, data)
     return 0
 
 
@@ -289,6 +311,12 @@ def _host_only(index: int) -> Callable[[Vcpu, int, bool], int]:
     return write
 
 
+def _set_smbase(vcpu: Vcpu, data: int, host: bool) -> int:
+    if host:
+        vcpu.smbase = data
+    return int(not host)
+
+
 def _set_ucode_rev(vcpu: Vcpu, data: int, host: bool) -> int:
     """The guest's writes are ignored."""
     if host:
@@ -304,11 +332,12 @@ _WRITERS: Final[dict[int, Callable[[Vcpu, int, bool], int]]] = {
     mi.MSR_IA32_APICBASE: _set_apic_base,
     mi.MSR_IA32_TSC: _set_tsc,
     mi.MSR_IA32_TSC_ADJUST: _set_tsc_adjust,
+    mi.MSR_IA32_TSC_DEADLINE: _set_tsc_deadline,
     mi.MSR_IA32_MISC_ENABLE: _set_misc_enable,
     mi.MSR_IA32_XSS: _set_xss,
     mi.MSR_PLATFORM_INFO: _set_platform_info,
     mi.MSR_MISC_FEATURES_ENABLES: _set_misc_features_enables,
-    mi.MSR_IA32_SMBASE: _host_only(mi.MSR_IA32_SMBASE),
+    mi.MSR_IA32_SMBASE: _set_smbase,
     mi.MSR_IA32_ARCH_CAPABILITIES: _host_only(mi.MSR_IA32_ARCH_CAPABILITIES),
     mi.MSR_IA32_UCODE_REV: _set_ucode_rev,
 }

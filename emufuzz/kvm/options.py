@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, Final
 
 #: KVM_CAP_DISABLE_QUIRKS2: quirks by the name of their bit; all are on until disabled.
@@ -86,6 +87,8 @@ class KvmOptions:
     disabled_quirks: frozenset[str] = frozenset()
     hypercall_exits: bool = False
     hyperv: bool = False
+    hyperv_synic: bool = False
+    enforce_pv_features: bool = False
     tss_addr: int = 0xFEFFD000
     ept_identity_map_addr: int = 0xFEFFC000
     # the host
@@ -93,6 +96,7 @@ class KvmOptions:
     host_maxphyaddr: int = 52
     host_umip: bool = True
     host_hypervisor: bool = False
+    host_split_lock_detect: bool = False
 
     def has_quirk(self, name: str) -> bool:
         """KVM: kvm_check_has_quirk; KeyError for a name that is not in QUIRKS."""
@@ -118,7 +122,15 @@ def options_from_knobs(knobs: Mapping[str, Any] | None) -> KvmOptions:
     """
     if not knobs:
         return _DEFAULT
-    values = {name: _value(name, value) for name, value in knobs.items()}
+    key = tuple((name, type(value), value) for name, value in knobs.items())
+    hashable = all(isinstance(value, int | str) for value in knobs.values())
+    return _options(key) if hashable else _options.__wrapped__(key)
+
+
+@lru_cache(maxsize=256)
+def _options(knobs: tuple[tuple[str, type, Any], ...]) -> KvmOptions:
+    """As `options_from_knobs`; the types keep 1 and true apart."""
+    values = {name: _value(name, value) for name, _, value in knobs}
     if not values.get("ept", True):
         if values.setdefault("unrestricted_guest", False):
             raise OptionsError("knob unrestricted_guest needs ept")
@@ -149,13 +161,18 @@ def _number(name: str, value: Any) -> int:
 
 
 def _msrs(name: str, items: frozenset[str]) -> frozenset[int]:
+    return frozenset(_msr(name, item) for item in items)
+
+
+def _msr(name: str, item: str) -> int:
+    """An index, decimal or hexadecimal with 0x."""
     try:
-        numbers = frozenset(int(item, 0) for item in items)
+        number = int(item, 0)
     except ValueError as error:
-        raise OptionsError(f"knob {name}: {error}") from error
-    if any(not 0 <= number <= 0xFFFFFFFF for number in numbers):
+        raise OptionsError(f"knob {name}: {item!r} is not the index of an MSR") from error
+    if not 0 <= number <= 0xFFFFFFFF:
         raise OptionsError(f"knob {name}: an MSR index has 32 bits")
-    return numbers
+    return number
 
 
 def _quirks(name: str, items: frozenset[str]) -> frozenset[str]:

@@ -45,7 +45,7 @@ KVM_VMX_SEGMENT_FIELDS: Final = {
     ),
 }  # fmt: skip
 #: The same by cache slot, 4 * segment + SEG_FIELD_*.
-_SLOT_FIELDS: Final = tuple(field for seg in range(8) for field in KVM_VMX_SEGMENT_FIELDS[seg])
+SEGMENT_FIELDS: Final = tuple(field for seg in range(8) for field in KVM_VMX_SEGMENT_FIELDS[seg])
 
 
 def vmx_segment_cache_clear(vcpu: Vcpu) -> None:
@@ -61,8 +61,20 @@ def vmx_read_guest_seg(vcpu: Vcpu, seg: int, field: int) -> int:
     slot = seg * 4 + field
     if not vcpu.segment_cache_bitmask >> slot & 1:
         vcpu.segment_cache_bitmask |= 1 << slot
-        vcpu.segment_cache[slot] = vcpu.vmcs.values[_SLOT_FIELDS[slot]]
+        vcpu.segment_cache[slot] = vcpu.vmcs.values[SEGMENT_FIELDS[slot]]
     return vcpu.segment_cache[slot]
+
+
+def segment_fields(vcpu: Vcpu) -> tuple[int, ...]:
+    """All of SEGMENT_FIELDS as `vmx_read_guest_seg` gives them; nothing is cached by that."""
+    values = vcpu.vmcs.values
+    cached = vcpu.segment_cache_bitmask if vcpu.regs_avail & _SEGMENTS else 0
+    if not cached:
+        return tuple(map(values.__getitem__, SEGMENT_FIELDS))
+    return tuple(
+        vcpu.segment_cache[slot] if cached >> slot & 1 else values[field]
+        for slot, field in enumerate(SEGMENT_FIELDS)
+    )
 
 
 def vmx_get_segment(vcpu: Vcpu, seg: int) -> KvmSegment:

@@ -24,10 +24,19 @@ from emufuzz.kvm.capabilities import (
     vmx_vmexit_ctrl,
 )
 from emufuzz.kvm.cpuid import guest_cpuid, implied_features
-from emufuzz.kvm.cr import load_pdptrs, set_guest_owned_bits, vmx_set_cr0, vmx_set_cr4, vmx_set_efer
+from emufuzz.kvm.cr import (
+    kvm_get_cr8,
+    kvm_set_cr8,
+    load_pdptrs,
+    set_guest_owned_bits,
+    vmx_set_cr0,
+    vmx_set_cr4,
+    vmx_set_efer,
+)
 from emufuzz.kvm.debugregs import kvm_set_guest_debug, kvm_update_dr7
 from emufuzz.kvm.guest_state import vmx_emulation_required
 from emufuzz.kvm.hooks import VcpuHooks
+from emufuzz.kvm.lapic import LocalApic, kvm_apic_get_state, kvm_apic_set_state
 from emufuzz.kvm.msr import kvm_get_msr, kvm_set_msr
 from emufuzz.kvm.options import KvmOptions, OptionsError, options_from_knobs
 from emufuzz.kvm.regs import (
@@ -42,10 +51,29 @@ from emufuzz.kvm.regs import (
 )
 from emufuzz.kvm.rflags import kvm_set_rflags
 from emufuzz.kvm.rmode import vmx_update_exception_bitmap
-from emufuzz.kvm.segments import set_segment_raw, vmx_get_gdt, vmx_get_idt, vmx_get_segment
-from emufuzz.kvm.vcpu import VCPU_EXREG_CR3, GuestMode, KvmSegment, Vcpu
+from emufuzz.kvm.segments import (
+    SEGMENT_FIELDS,
+    segment_fields,
+    set_segment_raw,
+    vmx_get_gdt,
+    vmx_get_idt,
+    vmx_get_segment,
+    vmx_segment_access_rights,
+    vmx_segment_cache_clear,
+)
+from emufuzz.kvm.vcpu import (
+    L1_CONTROLS,
+    VCPU_EXREG_CR3,
+    GuestMode,
+    KvmSegment,
+    Vcpu,
+    is_unrestricted_guest,
+)
 from emufuzz.kvm.vmcs import Vmcs
+from emufuzz.kvm.vmx_bits import VMX_AR_TYPE_ACCESSES_MASK, VMX_AR_UNUSABLE
 
+#: The access rights of an unusable segment with KVM's accessed bit.
+_EMPTIED: Final = VMX_AR_UNUSABLE | VMX_AR_TYPE_ACCESSES_MASK
 _IN_SYSTEM: Final = frozenset({mi.MSR_EFER, mi.MSR_FS_BASE, mi.MSR_GS_BASE})
 
 
@@ -58,16 +86,22 @@ def segment_in(seg: Segment) -> KvmSegment:
 
 
 def segment_out(seg: KvmSegment) -> Segment:
-    """A segment register in the form of cases."""
+    """A segment register in the form of cases.
+
+    What a null selector leaves is shown without the accessed bit that KVM adds: of the access rights of
+    an unusable segment hardware keeps nothing but that it is unusable (SDM Vol. 3C 27.3.2).
+    """
     if seg.unusable and not (seg.selector or seg.base or seg.limit):
         return UNUSABLE
+    if seg.unusable and vmx_segment_access_rights(seg) == _EMPTIED and not seg.limit:
+        return Segment(seg.selector, seg.base)
     return Segment(
         seg.selector, seg.base, seg.limit, seg.type, seg.s, seg.dpl, seg.present, seg.avl,
         seg.l, seg.db, seg.g,
     )  # fmt: skip
 
 
-def vcpu_of_case(case: Case, hooks: VcpuHooks) -> Vcpu:
+def vcpu_of_case(case: Case, hooks: VcpuHooks, implied: Mapping[str, Any] | None = None) -> Vcpu:
     """A vCPU in a case's state, as it is right before KVM_RUN.
 
     Raises:
@@ -75,14 +109,17 @@ def vcpu_of_case(case: Case, hooks: VcpuHooks) -> Vcpu:
         CpuidError: `kvm.cpuid` is malformed.
     """
     kvm: Mapping[str, Any] = (case.extra or {}).get("kvm", {})
-    options = options_from_knobs(kvm.get("knobs"))
+    options = options_from_knobs({**(implied or {}), **(kvm.get("knobs") or {})})
     cpuid = guest_cpuid(case.vendor, kvm.get("cpuid"), implied_features(case.system.cr4))
     vcpu = Vcpu(options, cpuid, hooks)
+    if options.irqchip:
+        vcpu.apic = LocalApic(lint0_reenabled=options.has_quirk("lint0_reenabled"))
     vcpu.guest_mode = guest_mode_of(kvm.get("guest_mode"))
     init_vmcs(vcpu)
     vcpu.smm = bool(kvm.get("smm"))
     vcpu.pkru = kvm.get("pkru", 0)
     load_registers(vcpu, case)
+    set_lapic_of(vcpu, kvm.get("lapic"))
     vcpu.vmcs.write(vf.GUEST_INTERRUPTIBILITY_INFO, kvm.get("interruptibility", 0))
     set_guest_debug_of(vcpu, kvm.get("guest_debug"))
     return vcpu
@@ -120,6 +157,7 @@ def load_registers(vcpu: Vcpu, case: Case) -> None:
     for index, value in system.msr:
         if index not in _IN_SYSTEM:
             kvm_set_msr(vcpu, index, value, host=True)
+            vcpu.msrs_loaded[index] = kvm_get_msr(vcpu, index, host=True)[1]
     vcpu.emulation_required = vmx_emulation_required(vcpu)
     vcpu.requests.clear()
 
@@ -133,14 +171,16 @@ def _load_system(vcpu: Vcpu, system: System) -> None:
     vcpu.cr2 = system.cr2
     vcpu.cr3 = system.cr3
     kvm_register_mark_dirty(vcpu, VCPU_EXREG_CR3)
-    vcpu.cr8 = system.cr8
+    if vcpu.apic is None:
+        vcpu.cr8 = system.cr8
+    else:
+        kvm_set_cr8(vcpu, system.cr8)  # a value that is refused is dropped, as by the ioctl
     vmx_set_cr0(vcpu, system.cr0)
     vmx_set_efer(vcpu, system.efer)
     vmx_set_cr4(vcpu, system.cr4)
     if is_pae_paging(vcpu):
         load_pdptrs(vcpu, system.cr3)
-    for seg, value in enumerate(system.seg):
-        set_segment_raw(vcpu, segment_in(value), seg)
+    _load_segments(vcpu, system)
     vcpu.xcr0 = system.xcr0
     vcpu.db = list(system.dr[:4])
     vcpu.eff_db = list(system.dr[:4])
@@ -148,16 +188,53 @@ def _load_system(vcpu: Vcpu, system: System) -> None:
     kvm_update_dr7(vcpu)
 
 
+def _load_segments(vcpu: Vcpu, system: System) -> None:
+    """All segment registers; the VMCS fields that they become are kept with `system` for its next case."""
+    if vcpu.rmode.vm86_active:
+        for seg, value in enumerate(system.seg):
+            set_segment_raw(vcpu, segment_in(value), seg)
+        return
+    key = _stored_key(vcpu)
+    stored = system.__dict__.get(key)
+    if stored is None:
+        for seg, value in enumerate(system.seg):
+            set_segment_raw(vcpu, segment_in(value), seg)
+        system.__dict__[key] = segment_fields(vcpu)
+        return
+    vmx_segment_cache_clear(vcpu)
+    vcpu.vmcs.values.update(zip(SEGMENT_FIELDS, stored, strict=True))
+
+
+def _stored_key(vcpu: Vcpu) -> str:
+    """Where a System keeps its segments in the form of the VMCS."""
+    return "_vmcs_accessed" if is_unrestricted_guest(vcpu) else "_vmcs_segments"
+
+
 def guest_mode_of(value: Any) -> GuestMode | None:
     """A case's `kvm.guest_mode`: false, true, or the members of GuestMode; OptionsError if malformed."""
-    if not value:
+    if value is None or value is False:
         return None
     if value is True:
         return GuestMode()
     try:
-        return msgspec.convert(value, GuestMode)
+        mode = msgspec.convert(value, GuestMode)
     except msgspec.ValidationError as error:
         raise OptionsError(f"kvm.guest_mode: {error}") from error
+    if unknown := mode.intercepts - L1_CONTROLS:
+        names = ", ".join(sorted(L1_CONTROLS))
+        raise OptionsError(
+            f"kvm.guest_mode.intercepts: {min(unknown)!r} is unknown; expected some of {names}"
+        )
+    return mode
+
+
+def set_lapic_of(vcpu: Vcpu, registers: Mapping[int, int] | None) -> None:
+    """A case's `kvm.lapic`, byte offset -> value; OptionsError without the knob irqchip."""
+    if not registers:
+        return
+    if vcpu.apic is None:
+        raise OptionsError("kvm.lapic: needs the knob irqchip")
+    kvm_apic_set_state(vcpu, LocalApic.from_registers({**kvm_apic_get_state(vcpu), **registers}))
 
 
 def set_guest_debug_of(vcpu: Vcpu, value: Any) -> None:
@@ -200,7 +277,7 @@ def to_system(vcpu: Vcpu, before: System) -> System:
         "cr2": vcpu.cr2,
         "cr3": kvm_read_cr3(vcpu),
         "cr4": kvm_read_cr4(vcpu),
-        "cr8": vcpu.cr8,
+        "cr8": kvm_get_cr8(vcpu),
         "efer": vcpu.efer,
         "xcr0": vcpu.xcr0,
         "dr": (*vcpu.db, *before.dr[4:6], vcpu.dr6, vcpu.dr7),
@@ -212,6 +289,8 @@ def to_system(vcpu: Vcpu, before: System) -> System:
 
 
 def _segments(vcpu: Vcpu, before: System) -> tuple[Segment, ...]:
+    if not vcpu.rmode.vm86_active and segment_fields(vcpu) == before.__dict__.get(_stored_key(vcpu)):
+        return before.seg
     return tuple(_segment(vmx_get_segment(vcpu, seg), old) for seg, old in enumerate(before.seg))
 
 
@@ -225,11 +304,13 @@ def _segment(now: KvmSegment, before: Segment) -> Segment:
 
 
 def _msrs(vcpu: Vcpu, before: System) -> tuple[tuple[int, int], ...]:
+    """The case's own value where the vCPU's is as it was: KVM changes some values, or takes none."""
     indices = {index for index, _ in before.msr} | vcpu.msrs_written
     old = dict(before.msr)
     values = []
     for index in sorted(indices - _IN_SYSTEM):
         result, data = kvm_get_msr(vcpu, index, host=True)
-        values.append((index, old.get(index, 0) if result else data))
-    kept = [(index, old[index]) for index in sorted(_IN_SYSTEM & old.keys())]
-    return tuple(sorted(values + kept))
+        kept = result or (index in vcpu.msrs_loaded and data == vcpu.msrs_loaded[index])
+        values.append((index, old.get(index, 0) if kept else data))
+    shown = [(index, old[index]) for index in sorted(_IN_SYSTEM & old.keys())]
+    return tuple(sorted(values + shown))

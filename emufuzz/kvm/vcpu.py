@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from emufuzz.arch import cr as crs
+from emufuzz.emulator.ctxt import FpuRegisters
 from emufuzz.kvm.cpuid import GuestCpuid
 from emufuzz.kvm.hooks import VcpuHooks
+from emufuzz.kvm.hyperv_regs import KvmHv
 from emufuzz.kvm.options import KvmOptions
 from emufuzz.kvm.vmcs import Vmcs
+
+if TYPE_CHECKING:
+    from emufuzz.kvm.lapic import LocalApic
+    from emufuzz.kvm.trace import Trace
 
 # enum kvm_reg beyond the GPRs.
 VCPU_REGS_RIP: Final = 16
@@ -31,6 +37,8 @@ VCPU_EXREG_EXIT_INFO_2: Final = 24
 KVM_REQ_TRIPLE_FAULT: Final = "TRIPLE_FAULT"
 KVM_REQ_EVENT: Final = "EVENT"
 KVM_REQ_NMI: Final = "NMI"
+KVM_REQ_SMI: Final = "SMI"
+KVM_REQ_VM_DEAD: Final = "VM_DEAD"
 KVM_REQ_LOAD_MMU_PGD: Final = "LOAD_MMU_PGD"
 KVM_REQ_TLB_FLUSH_GUEST: Final = "TLB_FLUSH_GUEST"
 KVM_REQ_TLB_FLUSH_CURRENT: Final = "TLB_FLUSH_CURRENT"
@@ -42,8 +50,12 @@ KVM_EXIT_DEBUG: Final = "DEBUG"
 KVM_EXIT_X86_RDMSR: Final = "X86_RDMSR"
 KVM_EXIT_X86_WRMSR: Final = "X86_WRMSR"
 
+MP_STATE_RUNNABLE: Final = "RUNNABLE"
+MP_STATE_HALTED: Final = "HALTED"
+
 IA32_PAT_RESET: Final = 0x0007040600070406
 APIC_BASE_RESET: Final = 0xFEE00900  # enabled, bootstrap processor
+SMBASE_RESET: Final = 0x30000
 
 
 class KvmSegment:
@@ -115,9 +127,21 @@ class QueuedInterrupt:
     nr: int = 0
 
 
+#: VM-execution controls that L1 may have set. KVM asks about the first row when it emulates for L2;
+#: whatever the others say, an instruction that they would intercept is not emulated.
+L1_CONTROLS: Final = frozenset({
+    "bus_lock_detection", "desc", "io", "rdtscp", "unrestricted_guest",
+    "cpuid", "cr3_load", "cr3_store", "hlt", "invlpg", "monitor", "mov_dr", "mwait", "pause", "rdmsr",
+    "rdpmc", "rdtsc", "wbinvd", "wrmsr", "xsetbv",
+})  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class GuestMode:
-    """L2 is running: what L1 intercepts (its vmcs12), as far as registers and events care."""
+    """L2 is running: what L1 intercepts (its vmcs12), as far as registers and events care.
+
+    `intercepts` has names of L1_CONTROLS.
+    """
 
     exception_bitmap: int = 0
     page_fault_error_code_mask: int = 0
@@ -158,6 +182,7 @@ class Vcpu:
     """One vCPU. `emulation_required` tells that the guest state cannot be entered by hardware."""
 
     __slots__ = (
+        "apic",
         "apic_base",
         "complete_userspace_io",
         "cpuid",
@@ -180,13 +205,17 @@ class Vcpu:
         "exit_info_1",
         "exit_info_2",
         "exit_reason",
+        "fpu",
         "guest_debug",
         "guest_debug_dr7",
         "guest_mode",
         "halt_request",
         "hooks",
+        "hyperv",
         "interrupt",
+        "mp_state",
         "msrs",
+        "msrs_loaded",
         "msrs_written",
         "mtf_pending",
         "nmi_injected",
@@ -206,8 +235,12 @@ class Vcpu:
         "segment_cache",
         "segment_cache_bitmask",
         "singlestep_rip",
+        "smbase",
+        "smi_pending",
         "smm",
+        "smm_inside_nmi",
         "soft_vnmi_blocked",
+        "trace",
         "vmcs",
         "vpid",
         "xcr0",
@@ -219,6 +252,10 @@ class Vcpu:
         self.hooks = hooks
         self.vmcs = Vmcs()
         self.vpid = options.vpid
+        self.apic: LocalApic | None = None
+        self.trace: Trace | None = None
+        self.hyperv = KvmHv()
+        self.fpu: FpuRegisters | None = None  # None: as after FNINIT
         self._reset_registers()
         self._reset_events()
 
@@ -246,10 +283,13 @@ class Vcpu:
         self.singlestep_rip = 0
         self.apic_base = APIC_BASE_RESET
         self.msrs: dict[int, int] = {}
+        self.msrs_loaded: dict[int, int] = {}  # what they read as after userspace has set them
         self.msrs_written: set[int] = set()
         self.exit_info_1 = self.exit_info_2 = 0
         self.exit_reason = 0
         self.smm = False
+        self.smm_inside_nmi = False
+        self.smbase = SMBASE_RESET
         self.guest_mode: GuestMode | None = None
         self.mtf_pending = False
         self.emulation_required = False
@@ -261,11 +301,13 @@ class Vcpu:
         self.interrupt = QueuedInterrupt()
         self.event_exit_inst_len = 0
         self.nmi_queued = 0
+        self.smi_pending = False
         self.nmi_pending = 0
         self.nmi_injected = False
         self.nmi_known_unmasked = False
         self.soft_vnmi_blocked = False
         self.halt_request = False
+        self.mp_state = MP_STATE_RUNNABLE
         self.run = KvmRun()
         self.complete_userspace_io: CompleteUserspaceIo | None = None
 
@@ -288,7 +330,7 @@ CompleteUserspaceIo: TypeAlias = Callable[[Vcpu], int]
 def is_unrestricted_guest(vcpu: Vcpu) -> bool:
     """Hardware runs real mode and odd segments by itself (KVM: is_unrestricted_guest).
 
-    In guest mode L1 decides; `unrestricted` among its intercepts' names says that it does allow it.
+    In guest mode L1 decides; `unrestricted_guest` among its controls says that it does allow it.
     """
     if not vcpu.options.unrestricted_guest:
         return False

@@ -21,3 +21,10 @@ class Subject(Protocol):
 
     def fingerprint(self) -> dict[str, str]:
         """Name and version of what ran, for records."""
+
+
+def close_subject(subject: Subject) -> None:
+    """End what a subject holds outside of this process; most hold nothing."""
+    close = getattr(subject, "close", None)
+    if close is not None:
+        close()

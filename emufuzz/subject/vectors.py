@@ -58,10 +58,19 @@ def run_vectors(path: Path) -> Iterator[tuple[Case, Outcome, Outcome]]:
     for batch in _batches(read_vectors(path)):
         outcomes = subject.run([case for case, _ in batch])
         for (case, expect), outcome in zip(batch, outcomes, strict=True):
-            try:
-                yield case, outcome, expect_to_outcome(case, expect)
-            except CaseError as error:
-                raise CaseError(f"{path}: {case.id}: expect.{error}") from None
+            yield case, outcome, read_expect(path, case, expect)
+
+
+def read_expect(path: Path, case: Case, expect: Any) -> Outcome:
+    """The outcome that was recorded for a case of a file.
+
+    Raises:
+        CaseError: `expect` is not valid; the message names the file and the case.
+    """
+    try:
+        return expect_to_outcome(case, expect)
+    except CaseError as error:
+        raise CaseError(f"{path}: {case.id}: expect.{error}") from None
 
 
 def _batches(vectors: Iterable[tuple[Case, dict[str, Any]]]) -> Iterator[list[tuple[Case, dict[str, Any]]]]:

@@ -32,6 +32,7 @@ from emufuzz.kvm.mmu.spte import (
     VMX_EPT_WRITABLE_MASK,
     is_shadow_present_pte,
 )
+from emufuzz.kvm.mmu.state import PlainPagingState
 from emufuzz.kvm.mmu.tdp import (
     EPT_VIOLATION_ACC_INSTR,
     EPT_VIOLATION_ACC_READ,
@@ -40,7 +41,7 @@ from emufuzz.kvm.mmu.tdp import (
     EPT_VIOLATION_GVA_TRANSLATED,
     EPT_VIOLATION_RWX_SHIFT,
 )
-from emufuzz.kvm.mmu.walker import walk_addr_generic
+from emufuzz.kvm.mmu.walker import GuestWalker, walk_addr_generic
 
 EXIT_REASON_EPT_VIOLATION: Final = 48
 EXIT_REASON_EPT_MISCONFIG: Final = 49
@@ -63,6 +64,8 @@ class EptAccess(NamedTuple):
 def ept_exit(mmu: KvmMmu, gpa: int, access: int) -> tuple[int, int] | None:
     """The exit for one physical access: (exit reason, exit qualification), None if it has none.
 
+    Every access is that of a linear address, or to the tables that translate one.
+
     Args:
         mmu: An MMU with EPT.
         gpa: Guest physical address.
@@ -84,9 +87,7 @@ def ept_exit(mmu: KvmMmu, gpa: int, access: int) -> tuple[int, int] | None:
     rights = spte & VMX_EPT_RWX_MASK if is_shadow_present_pte(spte) else 0
     if rights & needed:
         return None
-    qualification = what | rights << EPT_VIOLATION_RWX_SHIFT
-    if access & (PFERR_GUEST_FINAL_MASK | PFERR_GUEST_PAGE_MASK):
-        qualification |= EPT_VIOLATION_GVA_IS_VALID
+    qualification = what | rights << EPT_VIOLATION_RWX_SHIFT | EPT_VIOLATION_GVA_IS_VALID
     if access & PFERR_GUEST_FINAL_MASK:
         qualification |= EPT_VIOLATION_GVA_TRANSLATED
     return EXIT_REASON_EPT_VIOLATION, qualification
@@ -104,8 +105,8 @@ def ept_guest_access(mmu: KvmMmu, gva: int, access: int) -> EptAccess:
         access: PFERR_WRITE/USER/FETCH_MASK and PFERR_IMPLICIT_ACCESS.
     """
     vcpu, gpa = mmu.vcpu, gva
-    if vcpu.cr0 & X86_CR0_PG:
-        walker = walk_addr_generic(vcpu, mmu.slots, gva, access)
+    if vcpu.cr0 & X86_CR0_PG or mmu.hidden is not None:
+        walker = _processor_walk(mmu, gva, access)
         for level in range(walker.max_level, walker.level - 1, -1):
             table = walker.pte_gpa[level]
             exited = ept_exit(mmu, table, PFERR_GUEST_PAGE_MASK)
@@ -116,6 +117,18 @@ def ept_guest_access(mmu: KvmMmu, gva: int, access: int) -> EptAccess:
         gpa = walker.gfn << 12 | gva & 0xFFF
     exited = ept_exit(mmu, gpa, access | PFERR_GUEST_FINAL_MASK)
     return EptAccess(0, 0, gpa) if exited is None else EptAccess(*exited, gpa)
+
+
+def _processor_walk(mmu: KvmMmu, gva: int, access: int) -> GuestWalker:
+    """The walk of the processor, for which bits beyond its own MAXPHYADDR are reserved, not the guest's."""
+    vcpu, bits = mmu.vcpu, mmu.options.host_maxphyaddr
+    if mmu.hidden is not None or vcpu.maxphyaddr == bits:
+        return mmu.walk(gva, access)
+    state = PlainPagingState(
+        vcpu.cr0, vcpu.cr3, vcpu.cr4, vcpu.efer, vcpu.rflags, vcpu.pkru, vcpu.pdptrs, bits,
+        vcpu.has_gbpages, vcpu.amd_compatible, vcpu.cpl(),
+    )  # fmt: skip
+    return walk_addr_generic(state, mmu.slots, gva, access)
 
 
 def shadow_exit(mmu: KvmMmu, gva: int, access: int) -> int | None:

@@ -22,7 +22,7 @@ from emufuzz.kvm.mmu.pferr import (
     RET_PF_RETRY,
 )
 from emufuzz.kvm.mmu.spte import MMIO_SPTE_GEN_MASK, get_mmio_spte_generation
-from emufuzz.kvm.mmu.walker import gva_to_gpa, permission_fault
+from emufuzz.kvm.mmu.walker import permission_fault
 
 if TYPE_CHECKING:
     from emufuzz.kvm.mmu.mmu import KvmMmu
@@ -79,6 +79,21 @@ def vcpu_is_mmio_gpa(mmu: KvmMmu, gpa: int) -> bool:
     return gpa & _PAGE == APIC_DEFAULT_PHYS_BASE or mmu.mmio.match_gpa(mmu.slots.generation, gpa)
 
 
+def _access(mmu: KvmMmu, write: bool) -> int:
+    return (PFERR_USER_MASK if mmu.vcpu.cpl() == 3 else 0) | (PFERR_WRITE_MASK if write else 0)
+
+
+def cached_mmio_gpa(mmu: KvmMmu, gva: int, write: bool) -> int | None:
+    """The physical address of the last MMIO access, if that was to this linear page and may be repeated."""
+    vcpu, cache = mmu.vcpu, mmu.mmio
+    if not cache.match_gva(mmu.slots.generation, gva):
+        return None
+    if vcpu.cr0 & X86_CR0_PG:
+        if permission_fault(vcpu, guest_paging(vcpu), cache.access, 0, _access(mmu, write)):
+            return None
+    return cache.gfn << 12 | gva & PAGE_MASK
+
+
 def vcpu_mmio_gva_to_gpa(
     mmu: KvmMmu, gva: int, exception: X86Exception | None, write: bool
 ) -> tuple[int, int]:
@@ -87,14 +102,10 @@ def vcpu_mmio_gva_to_gpa(
     Where 0 is returned there may be memory or none. A cached linear address is not walked again;
     its rights are checked if paging is on.
     """
-    vcpu = mmu.vcpu
-    access = (PFERR_USER_MASK if vcpu.cpl() == 3 else 0) | (PFERR_WRITE_MASK if write else 0)
-    cache = mmu.mmio
-    if cache.match_gva(mmu.slots.generation, gva) and (
-        not vcpu.cr0 & X86_CR0_PG or not permission_fault(vcpu, guest_paging(vcpu), cache.access, 0, access)
-    ):
-        return 1, cache.gfn << 12 | gva & PAGE_MASK
-    gpa = gva_to_gpa(vcpu, mmu.slots, gva, access, exception)
+    gpa = cached_mmio_gpa(mmu, gva, write)
+    if gpa is not None:
+        return 1, gpa
+    gpa = mmu.gva_to_gpa(gva, _access(mmu, write), exception)
     if gpa == INVALID_GPA:
         return -1, gpa
     return int(vcpu_is_mmio_gpa(mmu, gpa)), gpa

@@ -12,9 +12,11 @@ from collections.abc import Iterable
 from typing import Final
 
 from emufuzz.arch.cr import X86_CR0_PG
+from emufuzz.emulator.ctxt import X86Exception
 from emufuzz.kvm.memslots import KVM_ADDRESS_SPACE_NUM, GuestMemory, KvmMemslots, MemorySlot
+from emufuzz.kvm.mmu.hidden import HiddenTables
 from emufuzz.kvm.mmu.mmio import MmioCache
-from emufuzz.kvm.mmu.pferr import PT_WRITABLE_MASK
+from emufuzz.kvm.mmu.pferr import INVALID_GPA, PT_WRITABLE_MASK
 from emufuzz.kvm.mmu.shadow import ShadowMmu
 from emufuzz.kvm.mmu.spte import (
     MMIO_SPTE_GEN_MASK,
@@ -24,6 +26,7 @@ from emufuzz.kvm.mmu.spte import (
     shadow_masks,
 )
 from emufuzz.kvm.mmu.state import MmuVcpu
+from emufuzz.kvm.mmu.walker import GuestWalker, copy_fault, gva_to_gpa, walk_addr_generic
 from emufuzz.kvm.options import KvmOptions
 
 _SHADOW_MAXPHYADDR: Final = 52
@@ -35,6 +38,7 @@ class KvmMmu:
     Attributes:
         vcpu: The vCPU.
         memory: Guest memory.
+        hidden: Stands in for the guest's tables where a case has none; None = the guest's count.
         masks: Encoding of shadow entries.
         mmio_caching: Holes are remembered in MMIO SPTEs.
         direct_maps: Translations by guest frame, of EPT or of a guest without paging; one map per
@@ -49,12 +53,15 @@ class KvmMmu:
     """
 
     __slots__ = (
-        "direct_maps", "flushes", "last_retry_addr", "last_retry_eip", "masks", "memory", "mmio",
+        "direct_maps", "flushes", "hidden", "last_retry_addr", "last_retry_eip", "masks", "memory", "mmio",
         "mmio_caching", "options", "shadow", "stats", "vcpu", "write_tracked",
     )  # fmt: skip
 
-    def __init__(self, vcpu: MmuVcpu, memory: GuestMemory, options: KvmOptions) -> None:
+    def __init__(
+        self, vcpu: MmuVcpu, memory: GuestMemory, options: KvmOptions, hidden: HiddenTables | None = None
+    ) -> None:
         self.vcpu = vcpu
+        self.hidden = hidden
         self.memory = memory
         self.options = options
         host_bits = options.host_maxphyaddr
@@ -96,6 +103,25 @@ class KvmMmu:
         if self.direct:
             return self.direct_map.get(addr >> 12, SHADOW_NONPRESENT_VALUE)
         return self.shadow.get_spte(addr)
+
+    # -- the guest's own translation -----------------------------------------------------------
+
+    def walk(self, gva: int, access: int) -> GuestWalker:
+        """Walk the guest's tables for PFERR_* bits `access`; paging must be on, unless tables are hidden."""
+        if self.hidden is not None:
+            return self.hidden.walk(self.vcpu, self.slots, gva, access)
+        return walk_addr_generic(self.vcpu, self.slots, gva, access)
+
+    def gva_to_gpa(self, gva: int, access: int, exception: X86Exception | None = None) -> int:
+        """Translate a linear address, or INVALID_GPA with the #PF in `exception` (KVM: mmu->gva_to_gpa)."""
+        if self.hidden is None:
+            return gva_to_gpa(self.vcpu, self.slots, gva, access, exception)
+        walker = self.hidden.walk(self.vcpu, self.slots, gva, access)
+        if walker.fault is None:
+            return self.hidden.gpa(gva)
+        if exception is not None:
+            copy_fault(walker.fault, exception)
+        return INVALID_GPA
 
     # -- writes that KVM must see --------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from emufuzz.kvm.mmu.pferr import (
     PFERR_GUEST_PAGE_MASK,
     PFERR_PRESENT_MASK,
     PFERR_RSVD_MASK,
+    PFERR_USER_MASK,
     PFERR_WRITE_MASK,
     RET_PF_EMULATE,
     RET_PF_FIXED,
@@ -29,7 +30,6 @@ from emufuzz.kvm.mmu.pferr import (
 )
 from emufuzz.kvm.mmu.shadow_fault import shadow_page_fault
 from emufuzz.kvm.mmu.tdp import direct_page_fault
-from emufuzz.kvm.mmu.walker import kvm_mmu_gva_to_gpa_write
 
 _WRITE_TO_GUEST_TABLE = PFERR_GUEST_PAGE_MASK | PFERR_WRITE_MASK | PFERR_PRESENT_MASK
 _STATS = {RET_PF_FIXED: "pf_fixed", RET_PF_EMULATE: "pf_emulate", RET_PF_SPURIOUS: "pf_spurious"}
@@ -124,7 +124,8 @@ def kvm_mmu_unprotect_gfn_and_retry(mmu: KvmMmu, cr2_or_gpa: int, *, always_retr
     if mmu.shadow.indirect_shadow_pages:
         gpa = cr2_or_gpa
         if not mmu.direct:
-            gpa = kvm_mmu_gva_to_gpa_write(mmu.vcpu, mmu.slots, cr2_or_gpa)
+            user = PFERR_USER_MASK if mmu.vcpu.cpl() == 3 else 0
+            gpa = mmu.gva_to_gpa(cr2_or_gpa, PFERR_WRITE_MASK | user)
         if gpa != INVALID_GPA:
             pages = mmu.shadow.indirect_pages(gpa >> 12)
             for sp in pages:

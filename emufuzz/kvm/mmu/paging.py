@@ -7,6 +7,7 @@ update_pkru_bitmask of mmu.c (Linux 6.12), which fill struct kvm_mmu. SDM Vol. 3
 from __future__ import annotations
 
 from functools import lru_cache
+from struct import Struct
 from typing import Final, TypeAlias
 
 from emufuzz.arch.cr import (
@@ -28,12 +29,15 @@ from emufuzz.kvm.mmu.pferr import (
     PFERR_RSVD_MASK,
     PFERR_USER_MASK,
     PFERR_WRITE_MASK,
+    PT_PRESENT_MASK,
 )
 from emufuzz.kvm.mmu.state import PagingState
 
 X86_CR4_PKE: Final = 1 << 22
 
 PT32_ROOT_LEVEL: Final = 2
+_PDPTES: Final = Struct("<4Q")
+
 PT32E_ROOT_LEVEL: Final = 3
 PT64_ROOT_4LEVEL: Final = 4
 PT64_ROOT_5LEVEL: Final = 5
@@ -195,3 +199,12 @@ def pkru_bitmask(wp: bool) -> int:
         write = pfec & PFERR_WRITE_MASK and (pfec & PFERR_USER_MASK or wp)
         mask |= (3 if write else 1) << pfec
     return mask
+
+
+def valid_pdptes(data: bytes, maxphyaddr: int) -> tuple[int, ...] | None:
+    """The four PDPTEs in 32 bytes; None, for #GP, if a present one has reserved bits (SDM Vol. 3A 4.4.1)."""
+    entries: tuple[int, ...] = _PDPTES.unpack(data)
+    reserved = pdptr_rsvd_bits(maxphyaddr)
+    if any(entry & PT_PRESENT_MASK and entry & reserved for entry in entries):
+        return None
+    return entries

@@ -23,7 +23,7 @@ from emufuzz.kvm.mmu.pferr import (
 )
 from emufuzz.kvm.mmu.shadow_page import ShadowPage, spte_index
 from emufuzz.kvm.mmu.spte import SHADOW_NONPRESENT_VALUE
-from emufuzz.kvm.mmu.walker import GuestWalker, walk_addr_generic
+from emufuzz.kvm.mmu.walker import GuestWalker
 
 if TYPE_CHECKING:
     from emufuzz.kvm.mmu.mmu import KvmMmu
@@ -35,7 +35,7 @@ def shadow_page_fault(mmu: KvmMmu, fault: PageFault) -> int:
     If the guest's tables refuse the access, the guest gets its #PF and the result is RET_PF_RETRY.
     """
     vcpu = mmu.vcpu
-    walker = walk_addr_generic(vcpu, mmu.slots, fault.addr, fault.error_code & ~PFERR_RSVD_MASK)
+    walker = mmu.walk(fault.addr, fault.error_code & ~PFERR_RSVD_MASK)
     if walker.fault is not None:
         vcpu.inject_emulated_page_fault(walker.fault)
         return RET_PF_RETRY

@@ -1,8 +1,8 @@
 """The guest page walk: linear address to guest physical address, with faults and A/D updates.
 
 KVM: paging_tmpl.h (walk_addr_generic, update_accessed_dirty_bits, gva_to_gpa) for 32-bit and 64-bit
-entries, permission_fault of mmu.h, kvm_mmu_gva_to_gpa_*, nonpaging_gva_to_gpa, load_pdptrs (Linux
-6.12). SDM Vol. 3A 4.3 "32-Bit Paging" to 4.8 "Accessed and Dirty Flags".
+entries, permission_fault of mmu.h, nonpaging_gva_to_gpa (Linux 6.12). SDM Vol. 3A 4.3 "32-Bit
+Paging" to 4.8 "Accessed and Dirty Flags".
 
 Bits of the address above those that the mode translates are ignored; whether an address is
 canonical is the caller's business.
@@ -18,7 +18,7 @@ from emufuzz.arch.rflags import X86_EFLAGS_AC
 from emufuzz.case.model import PAGE_MASK
 from emufuzz.emulator.ctxt import X86Exception
 from emufuzz.kvm.memslots import KVM_MEM_READONLY, KvmMemslots, MemorySlot, kvm_is_visible_memslot
-from emufuzz.kvm.mmu.paging import PT32E_ROOT_LEVEL, GuestPaging, guest_paging, pdptr_rsvd_bits
+from emufuzz.kvm.mmu.paging import PT32E_ROOT_LEVEL, GuestPaging, guest_paging
 from emufuzz.kvm.mmu.pferr import (
     ACC_WRITE_MASK,
     INVALID_GPA,
@@ -41,7 +41,6 @@ from emufuzz.kvm.mmu.state import PagingState
 _MASK64: Final = (1 << 64) - 1
 _U32: Final = Struct("<I")
 _U64: Final = Struct("<Q")
-_PDPTES: Final = Struct("<4Q")
 _BASE_ADDR_MASK: Final = (1 << 52) - (1 << 12)
 _BASE_ADDR_MASK32: Final = (1 << 32) - (1 << 12)
 _RIGHTS: Final = 7
@@ -287,50 +286,3 @@ def copy_fault(source: X86Exception, target: X86Exception) -> None:
     target.address = source.address
     target.nested_page_fault = source.nested_page_fault
     target.exit_qualification = source.exit_qualification
-
-
-def _user(state: PagingState) -> int:
-    return PFERR_USER_MASK if state.cpl() == 3 else 0
-
-
-def kvm_mmu_gva_to_gpa_read(
-    state: PagingState, slots: KvmMemslots, gva: int, exception: X86Exception | None = None
-) -> int:
-    """Translate for a data read at the current privilege level."""
-    return gva_to_gpa(state, slots, gva, _user(state), exception)
-
-
-def kvm_mmu_gva_to_gpa_write(
-    state: PagingState, slots: KvmMemslots, gva: int, exception: X86Exception | None = None
-) -> int:
-    """Translate for a data write at the current privilege level."""
-    return gva_to_gpa(state, slots, gva, _user(state) | PFERR_WRITE_MASK, exception)
-
-
-def kvm_mmu_gva_to_gpa_fetch(
-    state: PagingState, slots: KvmMemslots, gva: int, exception: X86Exception | None = None
-) -> int:
-    """Translate for an instruction fetch at the current privilege level (kvm_fetch_guest_virt)."""
-    return gva_to_gpa(state, slots, gva, _user(state) | PFERR_FETCH_MASK, exception)
-
-
-def kvm_mmu_gva_to_gpa_system(
-    state: PagingState, slots: KvmMemslots, gva: int, exception: X86Exception | None = None
-) -> int:
-    """Translate for a supervisor read, whatever the privilege level."""
-    return gva_to_gpa(state, slots, gva, 0, exception)
-
-
-def load_pdptrs(slots: KvmMemslots, cr3: int, maxphyaddr: int) -> tuple[int, ...] | None:
-    """Read the four PDPTEs that CR3 points to; None if that must fail with #GP (SDM Vol. 3A 4.4.1).
-
-    It fails where there is no memory and for a present entry with reserved bits.
-    """
-    data = slots.read_guest_page(cr3 >> 12, cr3 & 0xFE0, _PDPTES.size)
-    if data is None:
-        return None
-    pdptes: tuple[int, ...] = _PDPTES.unpack(data)
-    reserved = pdptr_rsvd_bits(maxphyaddr)
-    if any(pdpte & PT_PRESENT_MASK and pdpte & reserved for pdpte in pdptes):
-        return None
-    return pdptes

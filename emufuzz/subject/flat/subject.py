@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Final
 
 import msgspec
 
@@ -26,10 +23,9 @@ from emufuzz.emulator.x86emul import (
     X86EMUL_CONTINUE,
     X86EMUL_NAMES,
 )
+from emufuzz.subject.crash import crashed
 from emufuzz.subject.flat.ops import FlatOps, load_fpu, read_fpu
 from emufuzz.subject.flat.scripted import ScriptedOps, read_script
-
-_PACKAGE: Final = Path(__file__).parents[2]
 
 
 class FlatSubject:
@@ -69,7 +65,7 @@ class FlatSubject:
             try:
                 outcomes.append(self._run_scripted(case) if case.extra else self._run(case))
             except Exception as error:  # noqa: BLE001 - any crash of the thing under test is a result
-                outcomes.append(_crashed(case, error))
+                outcomes.append(crashed(case, error))
                 self._reset()
         return outcomes
 
@@ -168,14 +164,3 @@ class FlatSubject:
             exception.error_code if exception.error_code_valid else None,
             exception.address if exception.vector == PF_VECTOR else None,
         )
-
-
-def _crashed(case: Case, error: Exception) -> Outcome:
-    """An outcome that carries the exception and where in this package it was raised."""
-    frames = []
-    for frame in traceback.extract_tb(error.__traceback__):
-        path = Path(frame.filename)
-        if path.is_relative_to(_PACKAGE):
-            frames.append(f"{path.relative_to(_PACKAGE)}:{frame.lineno} {frame.name}")
-    text = "".join(traceback.format_exception_only(error)).strip()
-    return Outcome(case.id, case.gpr, case.rip, case.rflags, case.system, crash="\n".join([text, *frames]))

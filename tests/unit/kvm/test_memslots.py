@@ -126,7 +126,7 @@ def test_deleting_goes_through_an_invalid_slot():
     states = []
 
     class Watcher(_Listener):
-        def flush_shadow_memslot(self, slot):  # noqa: ARG002 - the protocol gives it
+        def flush_shadow_memslot(self, slot):
             current = space.gfn_to_memslot(1)
             states.append((current.flags, space.is_visible_gfn(1), space.read_guest(0x1000, 1)))
             states.append(space.write_guest(0x1000, b"x"))
@@ -196,9 +196,37 @@ def test_memory_of_a_case_has_a_slot_per_run_of_pages():
     assert memory_from_pages({}).spaces[0].slots == []
 
 
+def test_smm_may_have_the_same_memory():
+    memory = memory_from_regions({1: b"\x11" * 0x1000}, [(0x1000, 0x2000, KVM_MEM_LOG_DIRTY_PAGES)])
+    assert memory.spaces[1].read_guest(0x1000, 1) is None
+    memory.share_with_smm()
+    assert memory.spaces[1].read_guest(0x1000, 1) == b"\x11"
+    assert memory.spaces[1].write_guest(0x2000, b"\x22") == 0
+    assert memory.spaces[0].read_guest(0x2000, 1) == b"\x22"
+    assert memory.dirty == {(1, 2)}
+
+
 def test_memory_from_regions_checks_alignment():
     memory = memory_from_regions({}, [(0x1000, 0x2000, 0), (0x8000, 0x1000, KVM_MEM_READONLY)])
     assert [slot.flags for slot in memory.spaces[0].slots] == [0, KVM_MEM_READONLY]
     for bad in ((0x1001, 0x1000, 0), (0x1000, 0x800, 0), (0x1000, 0, 0)):
         with pytest.raises(MemslotError, match="multiples of 4096"):
             memory_from_regions({}, [bad])
+
+
+def test_memory_from_regions_refuses_overlaps_and_unknown_flags():
+    with pytest.raises(MemslotError, match="slot 2 overlaps slot 0"):
+        memory_from_regions({}, [(0x4000, 0x2000, 0), (0, 0x1000, 0), (0x5000, 0x1000, 0)])
+    with pytest.raises(MemslotError, match="slot 0: unknown flags"):
+        memory_from_regions({}, [(0, 0x1000, 1 << 10)])
+    with pytest.raises(MemslotError, match="out of range"):
+        memory_from_regions({}, [(1 << 52, 0x1000, 0)])
+
+
+def test_as_many_regions_as_a_case_may_have_are_installed_at_once():
+    """One by one they took 20 seconds."""
+    memory = memory_from_regions({}, [(index * 0x2000, 0x1000, 0) for index in reversed(range(4096))])
+    space = memory.spaces[0]
+    assert len(space.slots) == 4096
+    assert space.generation == memory_from_regions({}, [(0, 0x1000, 0)]).spaces[0].generation
+    assert [space.slots[index].base_gfn for index in (0, 1, 4095)] == [0, 2, 8190]

@@ -66,7 +66,7 @@ def test_memory_faults_once(access):
 
 def test_a_hole_is_emulated_by_violation_then_by_misconfiguration():
     mmu = _mmu()
-    assert ept_exit(mmu, HOLE, WRITE) == (EXIT_REASON_EPT_VIOLATION, 2)
+    assert ept_exit(mmu, HOLE, WRITE) == (EXIT_REASON_EPT_VIOLATION, 2 | 1 << 7)
     assert ept_access(mmu, HOLE, WRITE) == [(RET_PF_EMULATE, EMULTYPE_PF)]
     assert ept_exit(mmu, HOLE, READ) == (EXIT_REASON_EPT_MISCONFIG, 0)
     assert ept_access(mmu, HOLE) == [(RET_PF_EMULATE, EMULTYPE_PF)]

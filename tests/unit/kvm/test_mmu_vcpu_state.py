@@ -12,7 +12,7 @@ from emufuzz.kvm.mmu.mmu import KvmMmu
 from emufuzz.kvm.mmu.page_fault import kvm_mmu_page_fault
 from emufuzz.kvm.mmu.tdp import ept_violation_error_code
 from emufuzz.kvm.mmu.vcpu_state import VcpuMmuState
-from emufuzz.kvm.mmu.walker import kvm_mmu_gva_to_gpa_read
+from emufuzz.kvm.mmu.walker import gva_to_gpa
 from emufuzz.kvm.options import KvmOptions
 from emufuzz.kvm.vcpu import GuestMode, Vcpu
 
@@ -28,7 +28,7 @@ def _vcpu(chain, **knobs):
 def test_the_walker_runs_on_a_vcpu():
     chain = Chain("4-level")
     view = VcpuMmuState(_vcpu(chain))
-    assert kvm_mmu_gva_to_gpa_read(view, chain.slots, ADDR) == TARGET << 12 | ADDR & 0xFFF
+    assert gva_to_gpa(view, chain.slots, ADDR, 0) == TARGET << 12 | ADDR & 0xFFF
 
 
 def test_page_faults_run_on_a_vcpu():

@@ -47,7 +47,7 @@ def test_unrestricted_guest_needs_ept():
         ({"force_emulation_prefix": True}, "not a number"),
         ({"host_maxphyaddr": 30}, "from 36 to 52"),
         ({"msr_denied": 16}, "comma-separated"),
-        ({"msr_denied": "tsc"}, "knob msr_denied"),
+        ({"msr_denied": "tsc"}, "knob msr_denied: 'tsc' is not the index of an MSR"),
         ({"msr_denied": "0x100000000"}, "32 bits"),
         ({"disabled_quirks": "foo"}, "unknown quirk 'foo'"),
     ],

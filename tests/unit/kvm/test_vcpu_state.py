@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from support.vcpus import Hooks, make_vcpu
 
+from emufuzz.arch.regs import VCPU_SREG_GS
 from emufuzz.case.build import build_case, build_system
 from emufuzz.case.catalogue import catalogue
 from emufuzz.case.model import UNUSABLE, Segment
@@ -21,6 +22,7 @@ from emufuzz.kvm.regs import kvm_rip_read, vmx_after_exit, vmx_before_entry
 from emufuzz.kvm.rflags_read import vmx_get_rflags
 from emufuzz.kvm.segments import vmx_get_segment
 from emufuzz.kvm.state import gpr_of, segment_in, segment_out, to_system, vcpu_of_case
+from emufuzz.kvm.vcpu import GuestMode
 
 MODES = ("real", "vm86", "prot16", "prot32", "compat16", "compat32", "prot64")
 KNOBS = (
@@ -100,6 +102,7 @@ def test_a_cpu_has_the_features_that_its_cr4_shows():
     [
         ({"guest_mode": 5}, OptionsError, "kvm.guest_mode"),
         ({"guest_mode": {"intercepts": 5}}, OptionsError, "kvm.guest_mode"),
+        ({"guest_mode": {"intercepts": ["io", "oi"]}}, OptionsError, "kvm.guest_mode.intercepts: 'oi'"),
         ({"guest_debug": "on"}, OptionsError, "kvm.guest_debug"),
         ({"guest_debug": {"control": 1, "dr": [1]}}, OptionsError, "eight values"),
         ({"guest_debug": {"control": 1, "dr": ["x"] * 8}}, OptionsError, "not a number"),
@@ -123,6 +126,23 @@ def test_segments_convert_both_ways(seg):
     assert segment_out(segment_in(seg)) == seg
 
 
+@pytest.mark.parametrize("selector", [0, 1, 3])
+@pytest.mark.parametrize("knobs", KNOBS, ids=["urg", "no-urg", "no-ept", "no-emulation"])
+def test_the_accessed_bit_of_an_unusable_segment_does_not_show(knobs, selector):
+    """Of its access rights hardware keeps nothing else (SDM Vol. 3C 27.3.2)."""
+    before = build_system("prot32")
+    vcpu = load(build_case("prot32", b"\x90", system=before), knobs)
+    null = Segment(sel=selector)
+    vmx_set_segment(vcpu, segment_in(null), VCPU_SREG_GS)
+    assert to_system(vcpu, before).seg[VCPU_SREG_GS] == null
+
+
+@pytest.mark.parametrize("rights", [{"type": 2}, {"dpl": 3}, {"limit": 1}, {"db": 1}])
+def test_other_rights_of_an_unusable_segment_show(rights):
+    shown = Segment(**{"sel": 1, "type": 1, **rights})
+    assert segment_out(segment_in(shown)) == shown
+
+
 def test_requests_are_taken_once():
     vcpu = make_vcpu()
     vcpu.make_request("EVENT")
@@ -139,6 +159,11 @@ def test_an_isolated_vcpu_has_nothing_around_it():
     assert dict(hooks.calls) == dict.fromkeys(
         ("mmu_reset_context", "mmu_new_pgd", "mmu_invalidate_addr", "invalidate_pcid"), 1
     )
-    assert hooks.read_guest(0, 8) is None
+    assert hooks.read_pdptes(0) is None
     assert not hooks.emulate_int_real(8, 0)
     assert hooks.emulate_skip() == 0
+
+
+@pytest.mark.parametrize(("value", "nested"), [(None, False), (False, False), (True, True), ({}, True)])
+def test_an_empty_object_is_a_nested_guest_of_which_nothing_is_intercepted(value, nested):
+    assert (make_vcpu(kvm={"guest_mode": value}).guest_mode == GuestMode()) is nested

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from support.mmu import load_pdptrs
 from support.page_tables import (
     ADDR,
     ALL,
@@ -25,16 +26,16 @@ from support.page_tables import (
 from emufuzz.arch.cr import EFER_NX, X86_CR4_PAE, X86_CR4_PSE
 from emufuzz.emulator.ctxt import X86Exception
 from emufuzz.kvm.memslots import GuestMemory
-from emufuzz.kvm.mmu.pferr import INVALID_GPA, PFERR_PRESENT_MASK, PFERR_RSVD_MASK, PFERR_WRITE_MASK
-from emufuzz.kvm.mmu.state import PlainPagingState
-from emufuzz.kvm.mmu.walker import (
-    gva_to_gpa,
-    kvm_mmu_gva_to_gpa_fetch,
-    kvm_mmu_gva_to_gpa_read,
-    kvm_mmu_gva_to_gpa_system,
-    kvm_mmu_gva_to_gpa_write,
-    load_pdptrs,
+from emufuzz.kvm.mmu.pferr import (
+    INVALID_GPA,
+    PFERR_FETCH_MASK,
+    PFERR_PRESENT_MASK,
+    PFERR_RSVD_MASK,
+    PFERR_USER_MASK,
+    PFERR_WRITE_MASK,
 )
+from emufuzz.kvm.mmu.state import PlainPagingState
+from emufuzz.kvm.mmu.walker import gva_to_gpa
 
 RESERVED = PFERR_RSVD_MASK | PFERR_PRESENT_MASK
 SIZES = [("2-level", 2), ("pae", 2), ("4-level", 2), ("4-level", 3), ("5-level", 2), ("5-level", 3)]
@@ -227,20 +228,19 @@ def test_long_mode_without_pae_faults():
     assert chain.error() == 0
 
 
-def test_wrappers_take_the_privilege_level_into_account():
+def test_translation_for_each_kind_of_access():
     chain = Chain("4-level", {1: P | A | D})
     exception = X86Exception()
     state, slots = chain.state, chain.slots
-    assert kvm_mmu_gva_to_gpa_read(state, slots, ADDR) == TARGET << 12 | 0x123
-    state.current_cpl = 3
-    assert kvm_mmu_gva_to_gpa_read(state, slots, ADDR, exception) == INVALID_GPA
+    user = PFERR_USER_MASK
+    assert gva_to_gpa(state, slots, ADDR, 0) == TARGET << 12 | 0x123
+    assert gva_to_gpa(state, slots, ADDR, user, exception) == INVALID_GPA
     assert (exception.vector, exception.error_code, exception.address) == (14, 5, ADDR)
-    assert kvm_mmu_gva_to_gpa_write(state, slots, ADDR, exception) == INVALID_GPA
+    assert gva_to_gpa(state, slots, ADDR, user | PFERR_WRITE_MASK, exception) == INVALID_GPA
     assert exception.error_code == 7
     state.efer |= EFER_NX
-    assert kvm_mmu_gva_to_gpa_fetch(state, slots, ADDR, exception) == INVALID_GPA
+    assert gva_to_gpa(state, slots, ADDR, user | PFERR_FETCH_MASK, exception) == INVALID_GPA
     assert exception.error_code == 0x15
-    assert kvm_mmu_gva_to_gpa_system(state, slots, ADDR) == TARGET << 12 | 0x123
 
 
 def test_rights_of_all_levels_are_combined():
