@@ -11,23 +11,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
+from msgspec.structs import replace
+
 from emufuzz.arch.effects import (
     ANY_COUNT,
     UNDEFINED_FLAGS,
     undefined_flags_exact,
     undefined_results,
 )
-from emufuzz.arch.exceptions import PF_VECTOR
+from emufuzz.arch.exceptions import BP_VECTOR, DB_VECTOR, OF_VECTOR, PF_VECTOR
 from emufuzz.arch.regs import GPR_NAMES, SREG_NAMES
-from emufuzz.arch.rflags import X86_EFLAGS_ZF, flag_names
+from emufuzz.arch.rflags import X86_EFLAGS_RF, X86_EFLAGS_ZF, flag_names
 from emufuzz.case.model import PAGE_SHIFT, ZERO_PAGE, Case, Fpu, Outcome, System, case_pages
 from emufuzz.oracle.base import Oracle
+from emufuzz.oracle.departures import departure, without_eventfds
+from emufuzz.oracle.device_trace import DEVICE_TRACE, differing_accesses, show_access
+from emufuzz.oracle.mistaken import mistaken
+from emufuzz.oracle.native_view import judge_case, native_outcome
 from emufuzz.oracle.operands import destination, operand_size, shift_count
-from emufuzz.oracle.quirks import explaining_quirk
+from emufuzz.oracle.reasons import reason_for
+from emufuzz.oracle.stopping import oracle_at_stop
 
 AGREE: Final = "agree"
 FINDING: Final = "finding"
 SKIPPED: Final = "skipped"
+#: What reasons begin with that are no quirk, gap or refusal: KVM left before the instruction.
+LEFT: Final = "subject-left"
 
 #: Kinds of differences, the weightiest first: a bucket is named after the first that occurs.
 KINDS: Final = (
@@ -43,12 +52,21 @@ KINDS: Final = (
     "memory",
     "system",
     "rflags",
+    "device-trace",
 )
 
 #: Leaf -> flags undefined whatever the operands; those of shifts depend on the count.
 _ALWAYS_UNDEFINED: Final = {
     leaf: mask for leaf, mask in UNDEFINED_FLAGS.items() if undefined_flags_exact(leaf, 4, 0) == mask
 }
+
+_INS: Final = ("6c", "6d")  # which KVM interrupts where what it has read ahead ends
+
+_REAL_EVENT: Final = "rmode-inject"  # whose pseudo-code does not mention RF (SDM Vol. 2A INT n)
+_NO_FAULTS: Final = frozenset((DB_VECTOR, BP_VECTOR, OF_VECTOR))
+
+#: What ids of quirks begin with; other reasons are gaps of an oracle.
+_QUIRK: Final = "kvm-"
 
 _RUN: Final = 8  # bytes of memory in one difference
 _STRIDE: Final = 256  # bytes that are compared at once in search of one
@@ -58,7 +76,8 @@ class Difference(NamedTuple):
     """One field on which subject and oracle differ; `kind` is one of KINDS.
 
     `field` is a GPR's name, `rip`, `rflags`, `exception` (`.error_code`, `.address`), `mem`, `seg.cs`,
-    `fpu.xmm0`, or another field of System. For `mem` `at` is the linear address.
+    `fpu.xmm0`, another field of System, or `device_trace`. For `mem` `at` is the linear address, or the
+    physical one in a case with `phys`; for `device_trace` that of the access, or the port.
     """
 
     field: str
@@ -92,6 +111,8 @@ def agree(a: Outcome, b: Outcome) -> bool:
         return False
     if a.interruptibility != b.interruptibility:
         return False
+    if a.extra is not None and b.extra is not None and a.extra.get(DEVICE_TRACE) != b.extra.get(DEVICE_TRACE):
+        return False
     return a.pages == b.pages and (a.system is b.system or a.system == b.system)
 
 
@@ -99,8 +120,12 @@ def compare(case: Case, subject: Outcome, oracle: Outcome) -> tuple[Difference, 
     """Everything on which the two outcomes differ, in the order of KINDS within groups.
 
     When one side faults and the other does not, or with another vector, only that is reported:
-    the rest follows from it.
+    the rest follows from it. A case of an exit path counts as what hardware executes natively.
     """
+    if case.path is not None and (_sets_rf(subject) or case.path == _REAL_EVENT):
+        oracle = replace(oracle, rflags=oracle.rflags & ~X86_EFLAGS_RF | subject.rflags & X86_EFLAGS_RF)
+    oracle, subject = without_eventfds(case, oracle), native_outcome(case, subject)
+    case = judge_case(case)
     faults = tuple(_fault_differences(subject, oracle))
     if any(d.kind in ("fault-missing", "fault-extra", "fault-vector") for d in faults):
         return faults
@@ -109,32 +134,58 @@ def compare(case: Case, subject: Outcome, oracle: Outcome) -> tuple[Difference, 
         *_memory_differences(case, subject, oracle),
         *_system_differences(subject.system, oracle.system),
         *_shadow_differences(subject, oracle),
+        *_trace_differences(case, subject, oracle),
     ]
-    if rest and subject.exception is None:
+    if _cr2_is_pending(case, subject, oracle):
+        rest = [d for d in rest if d.field != "cr2"]
+    if rest and not is_fault(subject) and case.count == 1:
         ignored = undefined_destination(case, subject, oracle)
-        rest = [d for d in rest if d.field != ignored]
+        also = DEVICE_TRACE if ignored == "mem" else ignored  # what is stored may be stored in a device
+        rest = [d for d in rest if d.field not in (ignored, also)]
     return (*faults, *rest)
+
+
+def is_fault(outcome: Outcome) -> bool:
+    """An exception came instead of the end of the instruction; a single-step trap comes behind it."""
+    fault = outcome.exception
+    return fault is not None and not (fault[0] == DB_VECTOR and outcome.rc == "continue")
+
+
+def _sets_rf(subject: Outcome) -> bool:
+    """A fault waits whose delivery sets RF; until then RF is what the exit saved (SDM Vol. 3C 27.3.3).
+
+    KVM: kvm_check_and_inject_events.
+    """
+    return subject.exception is not None and subject.exception[0] not in _NO_FAULTS
+
+
+def _cr2_is_pending(case: Case, subject: Outcome, oracle: Outcome) -> bool:
+    """Both raise a #PF, and CR2 will be its address; KVM loads CR2 only when it delivers the exception."""
+    ours, theirs = subject.exception, oracle.exception
+    if ours is None or theirs is None or ours[0] != PF_VECTOR:
+        return False
+    return subject.system.cr2 in (case.system.cr2, ours[2]) and oracle.system.cr2 == theirs[2]
 
 
 def judge(case: Case, subject: Outcome, outcome: Outcome, oracle: Oracle) -> Verdict:
     """The verdict on one case, given what subject and oracle made of it."""
     if agree(subject, outcome):
         return _AGREED
-    refused = refusal(subject)
+    refused = refusal(subject) or left_before(case, subject)
     if refused:
         return Verdict(SKIPPED, refused, ())
     if subject.crash or subject.hang:
         return Verdict(FINDING, "", (failure(subject),))
+    if case.path is not None or subject.leaf in _INS:
+        outcome = oracle_at_stop(case, subject, outcome, oracle)
     differences = compare(case, subject, outcome)
     if not differences:
         return _AGREED
-    quirk = explaining_quirk(case, subject, outcome, differences)
-    if quirk:
-        return Verdict(SKIPPED, quirk, differences)
-    gap = _covering_gap(differences, outcome.unchecked or oracle.unchecked(case, outcome))
-    if gap:
-        return Verdict(SKIPPED, gap, differences)
-    return Verdict(FINDING, "", differences)
+    reason = reason_for(case, subject, outcome, differences, oracle)
+    if not reason.startswith(_QUIRK):
+        another = mistaken(case, subject, oracle, judge)
+        reason = reason if another is None else another
+    return Verdict(SKIPPED if reason else FINDING, reason, differences)
 
 
 def refusal(subject: Outcome) -> str:
@@ -142,6 +193,12 @@ def refusal(subject: Outcome) -> str:
     if subject.rc in ("continue", "propagate_fault") or subject.crash or subject.hang:
         return ""
     return f"subject-{subject.rc}: {subject.reason or 'no reason given'}"
+
+
+def left_before(case: Case, subject: Outcome) -> str:
+    """Why there is nothing to compare: KVM left instead of running the instruction; empty if it did not."""
+    why = departure(case, subject)
+    return why and f"{LEFT}: {why}"
 
 
 def failure(subject: Outcome) -> Difference:
@@ -156,23 +213,6 @@ def primary_kind(differences: tuple[Difference, ...]) -> str:
     return min((d.kind for d in differences), key=KINDS.index)
 
 
-def _covering_gap(differences: tuple[Difference, ...], unchecked: tuple[tuple[str, str], ...]) -> str | None:
-    """The gap(s) that cover every difference, or None: one uncovered difference makes a finding."""
-    gaps: list[str] = []
-    for difference in differences:
-        gap = next((gap for field, gap in unchecked if _covers(field, difference.field)), None)
-        if gap is None:
-            return None
-        if gap not in gaps:
-            gaps.append(gap)
-    return "+".join(gaps)
-
-
-def _covers(field: str, of: str) -> bool:
-    """Whether a gap about `field` is about a difference in `of`: the same, or a part of it."""
-    return field in ("all", of) or of.startswith(field + ".") or (field == "gpr" and of in GPR_NAMES)
-
-
 def _fault_differences(subject: Outcome, oracle: Outcome) -> Iterator[Difference]:
     ours, theirs = subject.exception, oracle.exception
     if ours == theirs:
@@ -182,10 +222,11 @@ def _fault_differences(subject: Outcome, oracle: Outcome) -> Iterator[Difference
         yield Difference("exception", "fault-missing" if ours is None else "fault-extra", *shown)
     elif ours[0] != theirs[0]:
         yield Difference("exception", "fault-vector", *shown)
-    elif ours[1] != theirs[1]:
-        yield Difference("exception.error_code", "fault-error-code", *shown)
-    elif ours[0] == PF_VECTOR and ours[2] != theirs[2]:
-        yield Difference("exception.address", "fault-address", *shown)
+    else:
+        if ours[1] != theirs[1]:
+            yield Difference("exception.error_code", "fault-error-code", *shown)
+        if ours[0] == PF_VECTOR and ours[2] != theirs[2]:
+            yield Difference("exception.address", "fault-address", *shown)
 
 
 def _show_fault(fault: tuple[int, int | None, int | None] | None) -> str:
@@ -204,7 +245,7 @@ def _register_differences(case: Case, subject: Outcome, oracle: Outcome) -> Iter
             yield Difference(name, "gpr", hex(a), hex(b))
     differing = subject.rflags ^ oracle.rflags
     if differing:
-        if subject.exception is None:
+        if not is_fault(subject):
             differing &= ~undefined_now(case, subject)
         if differing:
             yield Difference(
@@ -224,6 +265,8 @@ def undefined_now(case: Case, subject: Outcome) -> int:
     """The RFLAGS bits that the SDM leaves undefined after this instruction with these operands."""
     if subject.leaf not in UNDEFINED_FLAGS:
         return 0
+    if case.count != 1:
+        return UNDEFINED_FLAGS[subject.leaf]  # the operands of the last instruction are not known
     count = shift_count(case, subject)
     size = operand_size(case, subject.leaf)
     return undefined_flags_exact(subject.leaf, size, ANY_COUNT if count is None else count)
@@ -271,6 +314,13 @@ def _shadow_differences(subject: Outcome, oracle: Outcome) -> Iterator[Differenc
     if subject.interruptibility != oracle.interruptibility:
         shown = (str(subject.interruptibility), str(oracle.interruptibility))
         yield Difference("interruptibility", "system", *shown)
+
+
+def _trace_differences(case: Case, subject: Outcome, oracle: Outcome) -> Iterator[Difference]:
+    for ours, theirs in differing_accesses(case, subject, oracle):
+        access = ours or theirs
+        at = None if access is None else access.addr
+        yield Difference(DEVICE_TRACE, "device-trace", show_access(ours), show_access(theirs), at)
 
 
 def _system_differences(a: System, b: System) -> Iterator[Difference]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from emufuzz.arch.regs import GPR_NAMES
 from emufuzz.case.model import Case, Outcome
 from emufuzz.oracle.instruction import CaseInstruction
 
@@ -37,6 +38,34 @@ class Gap:
     reason: str
     reference: str
     applies: Condition
+
+
+def covers(field: str, of: str) -> bool:
+    """Whether a gap about `field` is about a difference in `of`: the same, or a part of it."""
+    return field in ("all", of) or of.startswith(field + ".") or (field == "gpr" and of in GPR_NAMES)
+
+
+def vouches_for_nothing(outcome: Outcome) -> bool:
+    """Whether an oracle takes the whole of its outcome back, as rules do that demand no exception."""
+    return any(field == "all" for field, _ in outcome.unchecked)
+
+
+def first_gaps(gaps: Iterable[Gap], case: Case, outcome: Outcome, fields: Iterable[str]) -> dict[str, str]:
+    """Field -> id of the first gap of the ledger that covers it and that the case falls into.
+
+    Conditions are asked only of gaps that could still cover a field.
+    """
+    open_fields = set(fields)
+    found: dict[str, str] = {}
+    instruction = CaseInstruction(case)
+    for gap in gaps:
+        covered = {of for of in open_fields if any(covers(field, of) for field in gap.fields)}
+        if covered and gap.applies(instruction, outcome):
+            found.update(dict.fromkeys(covered, gap.id))
+            open_fields -= covered
+            if not open_fields:
+                break
+    return found
 
 
 def find_gaps(gaps: Iterable[Gap], case: Case, outcome: Outcome) -> tuple[tuple[str, str], ...]:

@@ -13,6 +13,7 @@ from typing import Any, Final
 import iced_x86
 from iced_x86 import Decoder, InstructionInfoFactory, MemorySizeExt, OpAccess, Register, RegisterExt
 
+from emufuzz.arch.cr import X86_CR4_LA57
 from emufuzz.arch.descriptors import DESC_CODE, DESC_EXPAND_DOWN, DESC_READABLE, DESC_WRITABLE
 from emufuzz.arch.regs import VCPU_REGS_RCX, VCPU_SREG_CS, VCPU_SREG_DS, VCPU_SREG_SS
 from emufuzz.arch.rflags import X86_EFLAGS_DF
@@ -37,6 +38,7 @@ _BIT_STRINGS: Final = frozenset(
     (iced_x86.Mnemonic.BT, iced_x86.Mnemonic.BTS, iced_x86.Mnemonic.BTR, iced_x86.Mnemonic.BTC)
 )
 _MAX_INSTRUCTION: Final = 15
+_MASK64: Final = (1 << 64) - 1
 _REP_ROUND: Final = 1024
 _FACTORY: Final = InstructionInfoFactory()
 
@@ -134,7 +136,7 @@ class CaseInstruction:
 
     def _access(self, used: Any) -> Access:
         bits = self._address_bits(used)
-        offset = self._register(used.base) + self._register(used.index) * used.scale + used.displacement
+        offset = self._base(used) + self._register(used.index) * used.scale + self._displacement(used)
         offset = offset + self._bit_string_offset() & (1 << bits) - 1
         size = MemorySizeExt.size(used.memory_size)
         if self.string_opcode:
@@ -145,12 +147,31 @@ class CaseInstruction:
         linear = self.base(segment) + offset & ((1 << 64) - 1 if self.long else 0xFFFFFFFF)
         return Access(segment, offset, linear, size, used.access in _READS, used.access in _WRITES)
 
+    def _base(self, used: Any) -> int:
+        """The base register; of the stack pointer as many bits as SS says, whatever iced calls it."""
+        if self._is_stack(used):
+            return self.case.gpr[RegisterExt.number(used.base)]
+        return self._register(used.base)
+
+    def _displacement(self, used: Any) -> int:
+        """As iced has it; how far a push goes below the stack pointer, which iced cuts to its own width."""
+        value = int(used.displacement)
+        if not self._is_stack(used):
+            return value
+        bits = RegisterExt.size(used.base) * 8
+        return value - (1 << bits) if value >> bits - 1 & 1 else value
+
     def _address_bits(self, used: Any) -> int:
         """Width of an effective address; that of the stack is up to SS, which iced does not know."""
-        implicit = not self._is_explicit(used)
-        if implicit and self._lax.is_stack_instruction and used.base in _STACK_BASES:
+        if self._is_stack(used):
             return 64 if self.long else 32 if self.case.system.seg[VCPU_SREG_SS].db else 16
         return _ADDRESS_BITS[used.address_size]
+
+    def _is_stack(self, used: Any) -> bool:
+        """An access that an instruction makes to the stack by itself."""
+        return bool(
+            self._lax.is_stack_instruction and used.base in _STACK_BASES and not self._is_explicit(used)
+        )
 
     def _is_explicit(self, used: Any) -> bool:
         """The access is the ModRM operand of an instruction that also uses the stack, as CALL [EBP]."""
@@ -173,7 +194,7 @@ class CaseInstruction:
             value -= 1 << bits
         return value // bits * (bits // 8)
 
-    @property
+    @cached_property
     def string_opcode(self) -> bool:
         """MOVS, CMPS, STOS, LODS, SCAS, INS or OUTS."""
         return bool(self._lax.is_string_instruction) and self.opcode[:1] != b"\x0f"
@@ -188,6 +209,17 @@ class CaseInstruction:
         if self.case.rflags & X86_EFLAGS_DF:
             return offset - (count - 1) * size, count * size
         return offset, count * size
+
+    def canonical(self, address: int) -> bool:
+        """Whether a linear address, taken modulo 2^64, is canonical (SDM Vol. 1 3.3.7.1)."""
+        bits = 57 if self.case.system.cr4 & X86_CR4_LA57 else 48
+        return (address & _MASK64) >> bits - 1 in {0, (1 << 65 - bits) - 1}
+
+    def refused(self, access: Access) -> bool:
+        """Whether segmentation, or in 64-bit mode a non-canonical address, forbids the access."""
+        if not self.long:
+            return self.violates_segment(access)
+        return not all(self.canonical(access.linear + edge) for edge in (0, max(access.size, 1) - 1))
 
     def violates_segment(self, access: Access) -> bool:
         """Whether limit, type or presence of the segment forbids the access (SDM Vol. 3A 5.3 to 5.5)."""

@@ -1,4 +1,4 @@
-"""What a comparison must know of an instruction's operands: their size and the shift count.
+"""What a comparison must know of an instruction's operands: their size, their place, the shift count.
 
 Read from the bytes of the case, independently of the emulator's decoder.
 """
@@ -9,8 +9,21 @@ from typing import Final, NamedTuple
 
 from emufuzz.arch.leaves import LEAVES
 from emufuzz.arch.regs import GPR_NAMES, VCPU_REGS_RCX, VCPU_SREG_CS
-from emufuzz.case.model import Case, Outcome
+from emufuzz.case.model import (
+    PAGE_MASK,
+    PAGE_SHIFT,
+    ZERO_PAGE,
+    Case,
+    Outcome,
+    case_memory,
+    case_pages,
+    is_physical,
+    memory_changes,
+)
+from emufuzz.case.translate import translate
 
+#: Accessed and dirty, in the first byte of a table entry.
+_WALK_BITS: Final = 0x60
 _LEGACY: Final = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
 _SEGMENTS: Final = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65))
 
@@ -105,3 +118,29 @@ def destination(case: Case, leaf: str) -> str:
     if row.dst == "Reg":
         return GPR_NAMES[reg]
     return GPR_NAMES[rm] if mod == 3 else "mem"
+
+
+def place_of(case: Case, linear: int) -> int | None:
+    """Where a linear address lies in the memory that an outcome shows: physical with `phys`."""
+    if not is_physical(case):
+        return linear
+    system = case.system
+    return translate(case_memory(case).pages, system.cr0, system.cr3, system.cr4, system.efer, linear)
+
+
+def changed_bytes(case: Case, outcome: Outcome) -> dict[int, int]:
+    """Address -> new value of every byte that an instruction changed.
+
+    In physical memory the first byte of an entry in which only accessed and dirty bits were set does
+    not count.
+    """
+    changed = {at + i: byte for at, data in memory_changes(case, outcome) for i, byte in enumerate(data)}
+    if not is_physical(case):
+        return changed
+    pages = case_pages(case)
+
+    def walked(at: int, byte: int) -> bool:
+        old = pages.get(at >> PAGE_SHIFT, ZERO_PAGE)[at & PAGE_MASK]
+        return not at & 3 and byte & ~_WALK_BITS == old & ~_WALK_BITS and byte & old == old
+
+    return {at: byte for at, byte in changed.items() if not walked(at, byte)}

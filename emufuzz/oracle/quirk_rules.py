@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from emufuzz.arch.cr import EFER_LMA, X86_CR4_LA57
-from emufuzz.arch.exceptions import GP_VECTOR, PF_VECTOR, SS_VECTOR, UD_VECTOR
+from emufuzz.arch.exceptions import DB_VECTOR, GP_VECTOR, PF_VECTOR, SS_VECTOR, UD_VECTOR
 from emufuzz.arch.regs import (
     GPR_NAMES,
     VCPU_REGS_RAX,
@@ -27,8 +27,9 @@ from emufuzz.arch.rflags import (
     X86_EFLAGS_VM,
     X86_EFLAGS_ZF,
 )
-from emufuzz.case.model import PAGE_MASK, Case, Outcome, memory_changes
-from emufuzz.oracle.operands import modrm, operand_size, prefix_facts
+from emufuzz.case.model import PAGE_MASK, Case, Outcome, is_physical
+from emufuzz.oracle.device_trace import DEVICE_TRACE
+from emufuzz.oracle.operands import changed_bytes, modrm, operand_size, place_of, prefix_facts
 
 if TYPE_CHECKING:
     from emufuzz.oracle.compare import Difference
@@ -49,7 +50,7 @@ def repeated_scan(case: Case, subject: Outcome, oracle: Outcome, differences: Se
     size = operand_size(case, subject.leaf)
     number = modrm(case)[1]
     name = GPR_NAMES[number]
-    if not _fields(differences) <= {name, "rflags"}:
+    if not _fields(differences) <= {name, "rflags"} or (subject.rflags ^ oracle.rflags) & ~_STATUS_FLAGS:
         return False
     counted = oracle.gpr[number] & _mask(size)
     if counted == size * 8:  # a zero source: KVM leaves the destination alone
@@ -57,6 +58,10 @@ def repeated_scan(case: Case, subject: Outcome, oracle: Outcome, differences: Se
     index = counted if subject.leaf == "0fbc" else size * 8 - 1 - counted
     high = 0 if size >= 4 else case.gpr[number] & ~_mask(size)
     return subject.gpr[number] == high | index and not subject.rflags & X86_EFLAGS_ZF
+
+
+#: OF, SF, ZF, AF, PF and CF.
+_STATUS_FLAGS: Final = 0x8D5
 
 
 def ascii_adjust(case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]) -> bool:
@@ -83,7 +88,7 @@ def vm86_interrupt_flag(case: Case, subject: Outcome, oracle: Outcome, _: Sequen
         case.mode == "vm86"
         and case.rflags & X86_EFLAGS_IOPL == X86_EFLAGS_IOPL
         and subject.exception == (GP_VECTOR, 0, None)
-        and oracle.exception is None
+        and oracle.exception in {None, (DB_VECTOR, None, None)}
     )
 
 
@@ -107,8 +112,8 @@ def _pushed_flags(case: Case, subject: Outcome) -> bool:
     registers[VCPU_REGS_RSP] = rsp & ~_mask(width) | top
     image = (case.rflags & ~(X86_EFLAGS_VM | X86_EFLAGS_RF)).to_bytes(8, "little")[:size]
     base = case.system.seg[VCPU_SREG_SS].base
-    written = {base + top + i: byte for i, byte in enumerate(image)}
-    changed = _changed_bytes(case, subject)
+    written = {place_of(case, base + top + i): byte for i, byte in enumerate(image)}
+    changed = changed_bytes(case, subject)
     return (
         list(subject.gpr) == registers
         and _completed(case, subject, 1)
@@ -140,7 +145,7 @@ def _stack_width(case: Case) -> int:
     return 4 if case.system.seg[VCPU_SREG_SS].db else 2
 
 
-def enter(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]) -> bool:
+def enter(case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]) -> bool:
     """ENTER n, 0: KVM pushes as many bytes of RBP as the stack pointer has, and probes no frame."""
     at = prefix_facts(case).length + 1
     frame = int.from_bytes(case.code[at : at + 2], "little")
@@ -156,7 +161,21 @@ def enter(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]
     registers[VCPU_REGS_RSP] = rsp & ~mask | pushed - frame & mask
     if registers != list(subject.gpr) or not _completed(case, subject, 4):
         return False
+    if not _fields(differences) <= _ENTER_FIELDS or not _pushed_only(case, subject, pushed, width):
+        return False
     return width != _enter_size(case) or oracle.exception is not None
+
+
+#: Where ENTER may leave something else than a processor does.
+_ENTER_FIELDS: Final = frozenset(("exception", "rbp", "rsp", "mem", DEVICE_TRACE))
+
+
+def _pushed_only(case: Case, subject: Outcome, pushed: int, width: int) -> bool:
+    """In flat memory nothing has changed but what was pushed."""
+    base = 0 if case.mode == "prot64" else case.system.seg[VCPU_SREG_SS].base
+    wrap = _mask(8 if case.mode == "prot64" else 4)
+    slot = {base + (pushed + n & _mask(width)) & wrap for n in range(width)}
+    return is_physical(case) or changed_bytes(case, subject).keys() <= slot
 
 
 def _enter_size(case: Case) -> int:
@@ -203,9 +222,10 @@ def wide_segment_store(
         return fault[0] == PF_VECTOR and not (fault[2] or 0) & PAGE_MASK and oracle.exception is None
     if oracle.exception is not None or _fields(differences) != {"mem"}:
         return False
-    ours, theirs = _changed_bytes(case, subject), _changed_bytes(case, oracle)
+    ours, theirs = changed_bytes(case, subject), changed_bytes(case, oracle)
     extra = {at: byte for at, byte in ours.items() if theirs.get(at) != byte}
-    return not any(extra.values()) and len(extra) <= 6 and all(ours.get(at) == b for at, b in theirs.items())
+    few = 0 < len(extra) <= 6
+    return few and not any(extra.values()) and all(ours.get(at) == b for at, b in theirs.items())
 
 
 def split_write(case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]) -> bool:
@@ -215,31 +235,26 @@ def split_write(case: Case, subject: Outcome, oracle: Outcome, differences: Sequ
         return False
     if _fields(differences) != {"mem"}:
         return False
-    ours, theirs = _changed_bytes(case, subject), _changed_bytes(case, oracle)
+    ours, theirs = changed_bytes(case, subject), changed_bytes(case, oracle)
     extra = ours.keys() - theirs.keys()
+    end = (place_of(case, fault[2] - 1) or 0) + 1
     return (
-        all(ours.get(at) == byte for at, byte in theirs.items())
-        and min(extra) >= fault[2] - 16
-        and max(extra) < fault[2]
+        bool(extra)
+        and all(ours.get(at) == byte for at, byte in theirs.items())
+        and min(extra) >= end - 16
+        and max(extra) < end
     )
-
-
-def _changed_bytes(case: Case, outcome: Outcome) -> dict[int, int]:
-    """Linear address -> new value of every changed byte."""
-    return {at + i: byte for at, data in memory_changes(case, outcome) for i, byte in enumerate(data)}
 
 
 def straddle(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]) -> bool:
-    """An access across the end of the lower canonical half: only its first byte is checked."""
-    ours, theirs = subject.exception, oracle.exception
+    """An access across the end of the lower canonical half: only its first byte is checked.
+
+    What is beyond it is a #PF, but for page tables, in which the upper half's first pages lie there.
+    """
+    ours = subject.exception
     end = 1 << (56 if case.system.cr4 & X86_CR4_LA57 else 47)
-    return (
-        case.mode == "prot64"
-        and ours is not None
-        and ours[0] == PF_VECTOR
-        and ours[2] == end
-        and theirs in {(GP_VECTOR, 0, None), (SS_VECTOR, 0, None)}
-    )
+    refused = oracle.exception in {(GP_VECTOR, 0, None), (SS_VECTOR, 0, None)}
+    return case.mode == "prot64" and refused and ours is not None and ours[0] == PF_VECTOR and ours[2] == end
 
 
 def segment_number(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]) -> bool:
@@ -260,6 +275,13 @@ def late_check(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Differ
         and subject.exception is not None
         and subject.exception[0] in {GP_VECTOR, SS_VECTOR, PF_VECTOR}
     )
+
+
+def no_prefix_allowed(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]) -> bool:
+    """A prefix of which the SDM says NP is #UD; KVM goes on to its other checks."""
+    prefixes = prefix_facts(case)
+    other = subject.exception is None or subject.exception == (GP_VECTOR, 0, None)
+    return other and bool(prefixes.small_op or prefixes.rep) and oracle.exception == (UD_VECTOR, None, None)
 
 
 def shadow_on_fault(case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]) -> bool:

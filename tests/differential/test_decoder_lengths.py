@@ -1,4 +1,3 @@
-# ruff: noqa: ARG002 - callbacks have KVM's arguments, used or not
 """Instruction lengths: the port, capstone and iced-x86 on encodings of every implemented leaf.
 
 Every kind of disagreement has a rule here that recognises it, and a row in the table of

@@ -10,11 +10,11 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import unicorn
 from unicorn.unicorn_py3.unicorn import uclib as _bindings_library
-from unicorn.x86_const import UC_CPU_X86_ICELAKE_SERVER
+from unicorn.x86_const import UC_CPU_X86_ICELAKE_SERVER, UC_X86_INS_IN, UC_X86_INS_OUT
 
 from emufuzz.oracle.base import OracleUnavailableError
 
@@ -50,6 +50,42 @@ _MemoryHook: Final = ctypes.PYFUNCTYPE(
     ctypes.c_int64,
     ctypes.c_void_p,
 )
+_AccessHook: Final = ctypes.PYFUNCTYPE(
+    ctypes.c_bool,
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_uint64,
+    ctypes.c_int,
+    ctypes.c_int64,
+    ctypes.c_void_p,
+)
+_InHook: Final = ctypes.PYFUNCTYPE(
+    ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p
+)
+_OutHook: Final = ctypes.PYFUNCTYPE(
+    None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p
+)
+_MASK: Final = (1 << 64) - 1
+_EVERYWHERE: Final = (1, 0)  # an empty range is all addresses
+
+
+class Bus(Protocol):
+    """What answers the accesses of a guest to memory and ports.
+
+    The library swallows what a hook raises, so these methods must not.
+    """
+
+    def access(self, address: int, size: int, written: bytes | None) -> None:
+        """Data at a physical address is about to be read, or `written`; at most 8 bytes."""
+
+    def unmapped(self, address: int) -> bool:
+        """There is no memory at a physical address; True: there is now."""
+
+    def port_in(self, port: int, size: int) -> int:
+        """The value that a port of 1, 2 or 4 bytes has."""
+
+    def port_out(self, port: int, size: int, value: int) -> None:
+        """A value is written to a port of 1, 2 or 4 bytes."""
 
 
 def _prototype(library: Any, name: str, result: Any, *arguments: Any) -> Any:
@@ -108,6 +144,10 @@ class Engine:
         self._control = _prototype(library, "uc_ctl", ctypes.c_int, pointer, ctypes.c_int)
         stop = _prototype(library, "uc_emu_stop", ctypes.c_int, pointer)
         self._hook_add = library["uc_hook_add"]
+        self._map_pages = _prototype(
+            library, "uc_mem_map_ptr", ctypes.c_int, pointer, u64, size, ctypes.c_uint32, pointer
+        )
+        self._unmap_pages = _prototype(library, "uc_mem_unmap", ctypes.c_int, pointer, u64, size)
         self._context_free = _prototype(library, "uc_context_free", ctypes.c_int, pointer)
         context_size = _prototype(library, "uc_context_size", size, pointer)
         context = pointer()
@@ -166,7 +206,48 @@ class Engine:
 
         self._hook(_api.UC_HOOK_MEM_READ, _MemoryHook(hook), first, last)
 
-    def _hook(self, kind: int, callback: Any, first: int, last: int) -> None:
+    def float_ports(self) -> None:
+        """Let every port read as all ones."""
+
+        def port_in(_engine: int, _port: int, size: int, _user: int) -> int:
+            return (1 << size * 8) - 1
+
+        self._hook(_api.UC_HOOK_INSN, _InHook(port_in), *_EVERYWHERE, UC_X86_INS_IN)
+
+    def attach(self, bus: Bus) -> None:
+        """Let `bus` see every data access and answer every port."""
+
+        def access(_engine: int, kind: int, address: int, size: int, value: int, _user: int) -> None:
+            written = kind == _api.UC_MEM_WRITE
+            data = (value & _MASK).to_bytes(8, "little")[:size] if written else None
+            bus.access(address, size, data)
+
+        def unmapped(_engine: int, _kind: int, address: int, _size: int, _value: int, _user: int) -> bool:
+            return bus.unmapped(address)
+
+        def port_in(_engine: int, port: int, size: int, _user: int) -> int:
+            return bus.port_in(port, size)
+
+        def port_out(_engine: int, port: int, size: int, value: int, _user: int) -> None:
+            bus.port_out(port, size, value)
+
+        data, absent = _api.UC_HOOK_MEM_READ | _api.UC_HOOK_MEM_WRITE, _api.UC_HOOK_MEM_READ_UNMAPPED
+        self._hook(data, _MemoryHook(access), *_EVERYWHERE)
+        self._hook(absent | _api.UC_HOOK_MEM_WRITE_UNMAPPED, _AccessHook(unmapped), *_EVERYWHERE)
+        self._hook(_api.UC_HOOK_INSN, _InHook(port_in), *_EVERYWHERE, UC_X86_INS_IN)
+        self._hook(_api.UC_HOOK_INSN, _OutHook(port_out), *_EVERYWHERE, UC_X86_INS_OUT)
+
+    def map_memory(self, address: int, size: int, place: int) -> None:
+        """Add physical memory that lies at `place` in this process; no memory may be there yet."""
+        error = self._map_pages(self.handle, address, size, _api.UC_PROT_ALL, place)
+        if error:
+            raise OracleUnavailableError(f"unicorn cannot map {address:#x}: error {error}")
+
+    def unmap_memory(self, address: int, size: int) -> None:
+        """Take back what `map_memory` added."""
+        self._unmap_pages(self.handle, address, size)
+
+    def _hook(self, kind: int, callback: Any, first: int, last: int, *instruction: int) -> None:
         number = ctypes.c_size_t()
         error = self._hook_add(
             self.handle,
@@ -176,6 +257,7 @@ class Engine:
             ctypes.c_void_p(),
             ctypes.c_uint64(first),
             ctypes.c_uint64(last),
+            *map(ctypes.c_int, instruction),
         )
         if error:
             raise OracleUnavailableError(f"unicorn refuses a hook: error {error}")

@@ -11,19 +11,27 @@ from typing import Final
 
 from iced_x86 import Code, Mnemonic
 
-from emufuzz.arch.cr import X86_CR0_AM, X86_CR4_LA57, X86_CR4_UMIP
+from emufuzz.arch.cr import X86_CR0_AM, X86_CR4_UMIP
+from emufuzz.arch.descriptors import DESC_ACCESSED
 from emufuzz.arch.exceptions import PF_VECTOR, PFERR_WRITE
 from emufuzz.arch.regs import VCPU_REGS_RCX, VCPU_SREG_CS, VCPU_SREG_SS
 from emufuzz.arch.rflags import X86_EFLAGS_AC
 from emufuzz.case.model import Outcome
 from emufuzz.oracle.gaps import Condition, Gap
-from emufuzz.oracle.instruction import CaseInstruction, outside_limit
+from emufuzz.oracle.instruction import Access, CaseInstruction, outside_limit
 from emufuzz.oracle.unicorn.engine import UNICORN_VERSION
+from emufuzz.oracle.unicorn.gaps_corner import is_far_transfer
+from emufuzz.oracle.unicorn.gaps_machine import ports_unchecked
 from emufuzz.oracle.unicorn.image import cpl_of
+from emufuzz.oracle.unicorn.short_movbe import as_move, is_short
 
 _LOCK: Final = 0xF0
-_FAR: Final = frozenset((Mnemonic.RETF, Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ))
 _UNALIGNED: Final = frozenset((Mnemonic.MOVUPS, Mnemonic.MOVUPD, Mnemonic.MOVDQU, Mnemonic.LDDQU))
+#: What waits for no exception and shows or sets control and status words only.
+_X87_CONTROL: Final = frozenset((Mnemonic.FNINIT, Mnemonic.FNSTCW, Mnemonic.FNSTSW))
+_STMXCSR: Final = 3  # ModRM.reg of 0F AE
+_CLWB: Final = 6
+_CLFLUSH: Final = 7
 _DESCRIPTOR_STORES: Final = frozenset(
     (Mnemonic.SGDT, Mnemonic.SIDT, Mnemonic.SLDT, Mnemonic.STR, Mnemonic.SMSW)
 )
@@ -48,22 +56,16 @@ def _segment_limit(instruction: CaseInstruction, outcome: Outcome) -> bool:
     return any(instruction.violates_segment(access) for access in instruction.accesses)
 
 
-def _canonical(instruction: CaseInstruction, address: int) -> bool:
-    bits = 57 if instruction.case.system.cr4 & X86_CR4_LA57 else 48
-    high = address >> bits - 1
-    return high in {0, (1 << 65 - bits) - 1}
-
-
 def _noncanonical_stack(instruction: CaseInstruction, _outcome: Outcome) -> bool:
     return instruction.long and any(
-        access.segment == VCPU_SREG_SS and not _canonical(instruction, access.linear + edge & (1 << 64) - 1)
+        access.segment == VCPU_SREG_SS and not instruction.canonical(access.linear + edge)
         for access in instruction.accesses
         for edge in (0, max(access.size, 1) - 1)
     )
 
 
 def _noncanonical_branch(instruction: CaseInstruction, outcome: Outcome) -> bool:
-    return instruction.long and outcome.exception is None and not _canonical(instruction, outcome.rip)
+    return instruction.long and outcome.exception is None and not instruction.canonical(outcome.rip)
 
 
 def _lock_invalid(instruction: CaseInstruction, _outcome: Outcome) -> bool:
@@ -121,10 +123,12 @@ def _vex(instruction: CaseInstruction, _outcome: Outcome) -> bool:
     return instruction.long or (len(opcode) > 1 and opcode[1] >= 0xC0)
 
 
-def _far_transfer(instruction: CaseInstruction, _outcome: Outcome) -> bool:
-    opcode = instruction.opcode
-    indirect = opcode[:1] == b"\xff" and _modrm_reg(opcode, 1) in {3, 5}
-    return indirect or opcode[:1] in {b"\x9a", b"\xea"} or instruction.mnemonic in _FAR
+def _far_transfer(instruction: CaseInstruction, outcome: Outcome) -> bool:
+    """One that has loaded CS from a descriptor that was not accessed yet."""
+    if instruction.case.mode in {"real", "vm86"} or outcome.exception is not None:
+        return False
+    loaded = outcome.system.seg[VCPU_SREG_CS]
+    return not loaded.type & DESC_ACCESSED and is_far_transfer(instruction)
 
 
 def _umip(instruction: CaseInstruction, _outcome: Outcome) -> bool:
@@ -140,12 +144,19 @@ def _alignment(instruction: CaseInstruction, _outcome: Outcome) -> bool:
         case.system.cr0 & X86_CR0_AM and case.rflags & X86_EFLAGS_AC and cpl_of(case.system, case.mode) == 3
     )
     return any(
-        access.size > 1
-        and not (access.size >= 16 and instruction.mnemonic in _UNALIGNED)
-        and access.linear & (access.size & -access.size) - 1
-        and (checked or access.size >= 16)
-        for access in instruction.accesses
+        size > 1
+        and not (size >= 16 and instruction.mnemonic in _UNALIGNED)
+        and access.linear & (size & -size) - 1
+        and (checked or size >= 16)
+        for access, size in ((access, _element(instruction, access)) for access in instruction.accesses)
     )
+
+
+def _element(instruction: CaseInstruction, access: Access) -> int:
+    """Bytes that are accessed at once: of a repeated string instruction those of one iteration."""
+    if not instruction.string_opcode:
+        return access.size
+    return instruction.operand_bits // 8 if instruction.opcode[0] & 1 else 1
 
 
 def _immediate_group(instruction: CaseInstruction, _outcome: Outcome) -> bool:
@@ -207,16 +218,23 @@ def _cmpxchg32(instruction: CaseInstruction, _outcome: Outcome) -> bool:
 
 def _movbe16(instruction: CaseInstruction, _outcome: Outcome) -> bool:
     case = instruction.case
-    short = not instruction.long and not case.system.seg[VCPU_SREG_CS].db
-    return short and instruction.mnemonic == Mnemonic.MOVBE
+    return is_short(case) and instruction.mnemonic == Mnemonic.MOVBE and as_move(case) is None
+
+
+def _cache_flush(instruction: CaseInstruction, _outcome: Outcome) -> bool:
+    opcode = instruction.opcode
+    return opcode[:2] == b"\x0f\xae" and opcode[2] < 0xC0 and _modrm_reg(opcode, 2) in {_CLWB, _CLFLUSH}
 
 
 def _x87(instruction: CaseInstruction, _outcome: Outcome) -> bool:
     """x87 and FXSAVE, and what must raise #MF for a pending exception (FSW.ES)."""
     opcode = instruction.opcode
-    pending = instruction.case.system.fpu.fsw & 0x80
+    if opcode[:2] == b"\x0f\xae":
+        return opcode[2] < 0xC0 and _modrm_reg(opcode, 2) not in {_STMXCSR, _CLFLUSH}
+    if opcode[0] & 0xF8 == 0xD8:
+        return instruction.mnemonic not in _X87_CONTROL
     waits = opcode[:1] == b"\x9b" or opcode[:2] in {b"\x0f\x6f", b"\x0f\x7f"}
-    return opcode[:2] == b"\x0f\xae" or (bool(opcode) and opcode[0] & 0xF8 == 0xD8) or bool(pending and waits)
+    return waits and bool(instruction.case.system.fpu.fsw & 0x80)
 
 
 def _gap(
@@ -252,42 +270,19 @@ UNICORN_GAPS: Final[tuple[Gap, ...]] = (
          "F6 /1 and F7 /1 are #UD; processors run them as TEST",
          "APM Vol. 3 Table A-6"),
     _gap("lock-neg-flags", _lock_neg,
-         "SF and PF are wrong after LOCK NEG of memory",
-         "SDM Vol. 2B NEG", ("rflags",)),
+         "SF and PF are wrong after LOCK NEG of memory, which is read twice",
+         "SDM Vol. 2B NEG", ("rflags", "device_trace")),
     _gap("seg-prefix-pair", _segment_prefix_pair,
          "an ignored segment override behind FS or GS cancels it",
          "SDM Vol. 1 3.4.2.1"),
     _gap("vex", _vex,
          "VEX and EVEX encodings run as legacy SSE or are #UD",
          "SDM Vol. 2A 2.3"),
-    _gap("int-delivery", _mnemonics(Mnemonic.INT, Mnemonic.INT3, Mnemonic.INTO),
-         "software interrupts stop before they are delivered",
-         "SDM Vol. 3A 6.12"),
     _gap("far-transfer", _far_transfer,
          "a far transfer does not set the accessed bit of the code segment's descriptor",
          "SDM Vol. 3A 3.4.5.1", ("mem", "seg.cs")),
-    _gap("syscall", _mnemonics(Mnemonic.SYSCALL, Mnemonic.SYSRET, Mnemonic.SYSENTER, Mnemonic.SYSEXIT),
-         "MSRs of the case are not loaded, and SYSCALL and SYSENTER do nothing",
-         "SDM Vol. 2B SYSCALL"),
-    _gap("hidden-cr", lambda i, _: i.opcode[:2] in {b"\x0f\x20", b"\x0f\x22"}
-         or i.mnemonic in {Mnemonic.SMSW, Mnemonic.LMSW},
-         "control registers serve the hidden page tables, and their values are not checked",
-         "SDM Vol. 3A 2.5"),
-    _gap("dr-validity", lambda i, _: i.opcode[:2] in {b"\x0f\x21", b"\x0f\x23"},
-         "values of debug registers, CR4.DE and DR7.GD are not checked",
-         "SDM Vol. 3B 18.2"),
-    _gap("msr-validity", _mnemonics(Mnemonic.RDMSR, Mnemonic.WRMSR, Mnemonic.RDPMC),
-         "MSRs of the case are not loaded; unknown ones read as 0 and accept any value",
-         "SDM Vol. 2B RDMSR"),
-    _gap("cpu-identity", _mnemonics(
-             Mnemonic.CPUID, Mnemonic.RDTSC, Mnemonic.RDTSCP, Mnemonic.RDPID, Mnemonic.XGETBV,
-             Mnemonic.XSETBV, Mnemonic.RDRAND, Mnemonic.RDSEED),
-         "CPUID, time stamps and XCR0 are those of Unicorn's processor model, not of the case",
-         "SDM Vol. 2A CPUID"),
-    _gap("iopl", lambda i, _: i.opcode[:1] in
-         {b"\x6c", b"\x6d", b"\x6e", b"\x6f", b"\xe4", b"\xe5", b"\xe6", b"\xe7",
-          b"\xec", b"\xed", b"\xee", b"\xef"},
-         "IOPL and the I/O permission bitmap are not checked; ports read as 0",
+    _gap("iopl", ports_unchecked,
+         "IOPL and the I/O permission bitmap are not checked",
          "SDM Vol. 1 19.5"),
     _gap("virtualization", _mnemonics(
              Mnemonic.VMCALL, Mnemonic.VMMCALL, Mnemonic.VMRUN, Mnemonic.VMLOAD, Mnemonic.VMSAVE,
@@ -306,7 +301,7 @@ UNICORN_GAPS: Final[tuple[Gap, ...]] = (
          "SDM Vol. 2D Table A-6"),
     _gap("ff-7-read", _group5_undefined,
          "FF /7 reads its operand before it is #UD",
-         "SDM Vol. 2D Table A-6", ("exception",)),
+         "SDM Vol. 2D Table A-6", ("exception", "device_trace")),
     _gap("access-order", _both_fault,
          "CMPS reads ES:DI first, PUSHA writes upwards: another page may be the one that faults",
          "SDM Vol. 2A CMPS", ("exception.address", "mem")),
@@ -318,7 +313,7 @@ UNICORN_GAPS: Final[tuple[Gap, ...]] = (
          "SDM Vol. 2B RET", ("gpr",)),
     _gap("shld16-count", _double_shift16,
          "SHLD and SHRD of 16 bits by more than 16 have another undefined result",
-         "SDM Vol. 2B SHLD", ("gpr", "rflags", "mem")),
+         "SDM Vol. 2B SHLD", ("gpr", "rflags", "mem", "device_trace")),
     _gap("bsf32-upper", _bit_scan32,
          "BSF and BSR of a zero 32-bit source clear the upper half of the destination",
          "APM Vol. 3 BSF", ("gpr",)),
@@ -326,8 +321,11 @@ UNICORN_GAPS: Final[tuple[Gap, ...]] = (
          "CMPXCHG of 32 bits treats the upper half of the register that is not written differently",
          "SDM Vol. 2A CMPXCHG", ("gpr",)),
     _gap("movbe16", _movbe16,
-         "MOVBE in a 16-bit code segment takes the operand size of a 32-bit one",
+         "MOVBE in 16-bit code takes the operand size of 32-bit code, and no MOV can stand in",
          "SDM Vol. 2B MOVBE"),
+    _gap("cache-flush", _cache_flush,
+         "CLFLUSH, CLFLUSHOPT and CLWB do not look at their operand",
+         "SDM Vol. 2A CLFLUSH"),
     _gap("x87", _x87,
          "pending x87 exceptions raise no #MF; pointers and reserved fields differ from processors'",
          "SDM Vol. 1 8.7"),

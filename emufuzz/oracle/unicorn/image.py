@@ -2,7 +2,7 @@
 
 Paging is always on in an image (see `memory`): CR0, CR3, CR4 and EFER of the image serve the
 hidden page tables, and only what an instruction changed in them is carried over to the System that
-the outcome shows.
+the outcome shows. Not so with physical memory: its images have the registers of the case.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ _HF_SOFTMMU: Final = 1 << 2
 _HF_ADDSEG: Final = 1 << 6
 _HF_MP_SHIFT: Final = 8  # CR0.MP, EM, TS (bits 1 to 3) are hflags 9 to 11
 _HF_OSFXSR: Final = 1 << 22
+_HF_SMAP: Final = 1 << 23
 
 _SEGMENT: Final = struct.Struct("<I4xQII")
 _SEGMENT_SIZE: Final = 24
@@ -47,8 +48,8 @@ CS_BASE_OFFSET: Final = _SEGMENT_SIZE + 8
 # Where CPUX86State keeps the registers es cs ss ds fs gs tr ldtr: LDTR comes before TR.
 _SLOT: Final = (0, 1, 2, 3, 4, 5, 7, 6)
 
-_HIDDEN_CR0: Final = X86_CR0_PG | X86_CR0_WP
-_HIDDEN_CR4: Final = X86_CR4_PAE | X86_CR4_LA57 | X86_CR4_PCIDE | X86_CR4_SMEP | X86_CR4_SMAP
+HIDDEN_CR0: Final = X86_CR0_PG | X86_CR0_WP
+HIDDEN_CR4: Final = X86_CR4_PAE | X86_CR4_LA57 | X86_CR4_PCIDE | X86_CR4_SMEP | X86_CR4_SMAP
 
 
 class Template:
@@ -60,16 +61,21 @@ class Template:
         code_base: Added to RIP for the linear address of the code.
         address_mask: Width of linear addresses.
         user: CPL is 3.
+        physical: Memory is physical, and the case's own registers decide on paging.
         joined: The last root of page tables that `join` was asked for, and what it gave.
     """
 
     __slots__ = (
-        "_paging", "address_mask", "code_base", "image", "joined", "masked_flags", "mode", "system", "user",
+        "_paging", "address_mask", "code_base", "image", "joined", "masked_flags", "mode", "physical",
+        "system", "user",
     )  # fmt: skip
 
-    def __init__(self, layout: Layout, pristine: bytes, system: System, mode: str) -> None:
+    def __init__(
+        self, layout: Layout, pristine: bytes, system: System, mode: str, *, physical: bool = False
+    ) -> None:
         self.system = system
         self.mode = mode
+        self.physical = physical
         self.masked_flags = X86_EFLAGS_RF if mode == "vm86" else X86_EFLAGS_RF | X86_EFLAGS_VM
         long_mode = mode == "prot64"
         self.code_base = 0 if long_mode else system.seg[VCPU_SREG_CS].base
@@ -78,10 +84,14 @@ class Template:
         lma = bool(system.efer & EFER_LMA) and mode not in {"real", "vm86"}
         self._paging = "pae" if not lma else "la57" if system.cr4 & X86_CR4_LA57 else "long"
         self.image = _build(layout, pristine, system, mode, lma)
+        if physical:
+            self.image = _with_own_paging(self.image, layout, system)
         self.joined: tuple[int, bytes, bytes, bytes] = (-1, b"", b"", b"")
 
     def cr3(self, space: AddressSpace) -> int:
         """The root of the page tables for this mode."""
+        if self.physical:
+            return self.system.cr3
         if self._paging == "pae":
             return space.cr3_pae
         return space.cr3_long if self._paging == "long" else space.cr3_la57()
@@ -159,16 +169,32 @@ def _build(layout: Layout, pristine: bytes, system: System, mode: str, lma: bool
     for offset, table in ((layout.gdtr, system.gdtr), (layout.idtr, system.idtr)):
         _SEGMENT.pack_into(image, offset, 0, table.base, table.limit, 0)
     struct.pack_into("<I", image, layout.hflags, _hflags(system, mode, lma))
-    cr4 = system.cr4 & ~_HIDDEN_CR4 | X86_CR4_PAE
+    cr4 = system.cr4 & ~HIDDEN_CR4 | X86_CR4_PAE
     if lma:
         cr4 |= system.cr4 & X86_CR4_LA57
-    cr0 = system.cr0 | _HIDDEN_CR0
+    cr0 = system.cr0 | HIDDEN_CR0
     struct.pack_into("<5Q", image, layout.cr, cr0, 0, system.cr2, 0, cr4)
     struct.pack_into("<Q", image, layout.efer, system.efer | EFER_NX)
     struct.pack_into("<8Q", image, layout.dr, *system.dr)
+    struct.pack_into("<Q", image, layout.xcr0, system.xcr0)
+    for index, value in system.msr:
+        if index in layout.msr:
+            offset, size = layout.msr[index]
+            image[offset : offset + size] = (value & (1 << size * 8) - 1).to_bytes(size, "little")
     struct.pack_into("<2i", image, layout.error_code, 0, 0)
     _put_fpu(image, layout, system.fpu)
     return bytes(image)
+
+
+def _with_own_paging(image: bytes, layout: Layout, system: System) -> bytes:
+    """The image with the paging registers of the case instead of those for hidden page tables."""
+    own = bytearray(image)
+    struct.pack_into("<5Q", own, layout.cr, system.cr0, 0, system.cr2, system.cr3, system.cr4)
+    struct.pack_into("<Q", own, layout.efer, system.efer)
+    (hflags,) = struct.unpack_from("<I", own, layout.hflags)
+    hflags |= _HF_SMAP if system.cr4 & X86_CR4_SMAP else 0
+    struct.pack_into("<I", own, layout.hflags, hflags)
+    return bytes(own)
 
 
 def _put_fpu(image: bytearray, layout: Layout, fpu: Fpu) -> None:
@@ -215,8 +241,14 @@ def read_system(state: memoryview, layout: Layout, template: Template) -> System
     for name, offset in (("cr0", layout.cr), ("cr4", layout.cr + 32), ("efer", layout.efer)):
         if _differs(state, image, offset, 8):
             changes[name] = getattr(before, name) ^ _difference(state, image, offset)
+    if template.physical:
+        changes["cr2"], changes["cr3"] = struct.unpack_from("<2Q", state, layout.cr + 16)
     if _differs(state, image, layout.dr, 64):
         changes["dr"] = struct.unpack_from("<8Q", state, layout.dr)
+    if _differs(state, image, layout.xcr0, 8):
+        (changes["xcr0"],) = struct.unpack_from("<Q", state, layout.xcr0)
+    if before.msr:
+        changes["msr"] = tuple((index, _msr(state, image, layout, index, old)) for index, old in before.msr)
     if _differs(state, image, layout.fpstt, layout.xmm + 16 * 64 - layout.fpstt):
         changes["fpu"] = _get_fpu(state, layout)
     if not changes:
@@ -241,6 +273,13 @@ def _changed_segment(
     if bytes(state[offset : offset + _SEGMENT_SIZE]) == image[offset : offset + _SEGMENT_SIZE]:
         return before
     return _segment(state, offset)
+
+
+def _msr(state: memoryview, image: bytes, layout: Layout, index: int, before: int) -> int:
+    offset, size = layout.msr.get(index, (0, 0))
+    if not size or not _differs(state, image, offset, size):
+        return before
+    return int.from_bytes(state[offset : offset + size], "little")
 
 
 def _table_register(state: memoryview, offset: int) -> TableRegister:

@@ -15,10 +15,24 @@ from typing import Any, Final
 
 from unicorn import x86_const as uc_x86
 
+from emufuzz.arch.cr import X86_CR4_OSXSAVE, X86_CR4_PAE
 from emufuzz.oracle.base import OracleUnavailableError
 from emufuzz.oracle.unicorn.engine import NO_VECTOR, UC_ERR_OK, Engine
 
 _MARKERS: Final = (0x1122334455667788, 0x0E0D0C0B0A090807)
+#: MSRs that are part of the saved state: index -> size in bytes. Others outlive a case, or are made up.
+_KEPT_MSRS: Final = {
+    0x174: 4,  # IA32_SYSENTER_CS
+    0x175: 8,  # IA32_SYSENTER_ESP
+    0x176: 8,  # IA32_SYSENTER_EIP
+    0x277: 8,  # IA32_PAT
+    0xC0000081: 8,  # IA32_STAR
+    0xC0000082: 8,  # IA32_LSTAR
+    0xC0000083: 8,  # IA32_CSTAR
+    0xC0000084: 8,  # IA32_FMASK
+    0xC0000102: 8,  # IA32_KERNEL_GS_BASE
+    0xC0000103: 8,  # IA32_TSC_AUX
+}
 _SEGMENT_SIZE: Final = 24  # selector, base, limit, attributes of struct SegmentCache
 
 # hflags: QEMU's summary of the mode, which the translator trusts.
@@ -51,6 +65,8 @@ class Layout:
     error_code: int
     exception_is_int: int
     dr: int
+    xcr0: int
+    msr: dict[int, tuple[int, int]]  # index -> offset, and size in bytes
 
 
 def probe(engine: Engine) -> Layout:
@@ -87,6 +103,8 @@ def probe(engine: Engine) -> Layout:
         mxcsr=prober.small("mxcsr", uc_x86.UC_X86_REG_MXCSR, ((0x5A80, 0x5A80, 4), (0x3B80, 0x3B80, 4))),
         xmm=xmm,
         dr=dr,
+        xcr0=prober.xcr0(),
+        msr={index: (prober.msr(index, size), size) for index, size in _KEPT_MSRS.items()},
         error_code=0,
         exception_is_int=0,
     )
@@ -194,6 +212,35 @@ class _Prober:
             ],
         )
 
+    def msr(self, index: int, size: int) -> int:
+        """An MSR of 4 or 8 bytes; of the narrow one, IA32_SYSENTER_CS, 16 bits are kept."""
+        kept = 0xFFFF if size == 4 else (1 << 64) - 1
+        return self.locate(
+            f"MSR {index:#x}",
+            [
+                (lambda v=v: self.uc.msr_write(index, v), (v & kept).to_bytes(size, "little"))  # type: ignore[misc]  # bound in the loop
+                for v in _MARKERS
+            ],
+        )
+
+    def xcr0(self) -> int:
+        """XCR0, which no register API reaches, by way of XSETBV."""
+        engine = self.engine
+        engine.buffer[0x1000:0x1004] = b"\x0f\x01\xd1\xf4"
+        found = self.locate("xcr0", [(self._xsetbv(value), struct.pack("<Q", value)) for value in (7, 3)])
+        engine.flush_translations()
+        engine.buffer[0x1000:0x1004] = bytes(4)
+        return found
+
+    def _xsetbv(self, value: int) -> Callable[[], None]:
+        run = self._runner(0x1000, value, 0x7777 << 48)
+
+        def write() -> None:
+            self.uc.reg_write(uc_x86.UC_X86_REG_CR4, X86_CR4_PAE | X86_CR4_OSXSAVE)
+            run()
+
+        return write
+
     def fptags(self) -> int:
         """The x87 tags, a byte per register."""
         register = uc_x86.UC_X86_REG_FPTAG
@@ -255,10 +302,10 @@ class _Prober:
         engine.buffer[0x1000:0x1014] = bytes(0x14)
         return Layout(**{**vars(layout), "error_code": error_code, "exception_is_int": error_code + 4})
 
-    def _runner(self, address: int, rax: int) -> Callable[[], None]:
+    def _runner(self, address: int, rax: int, marker: int = 0x77770000) -> Callable[[], None]:
         def run() -> None:
             # The value stays out of every register but the one that is loaded from.
-            self.uc.reg_write(uc_x86.UC_X86_REG_RAX, rax | 0x77770000)
+            self.uc.reg_write(uc_x86.UC_X86_REG_RAX, rax | marker)
             error = self.engine.start(address, 1)
             self.engine.vector = NO_VECTOR
             if error != UC_ERR_OK:

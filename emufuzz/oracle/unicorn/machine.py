@@ -79,6 +79,7 @@ class UnicornMachine:
         self._handle, self._context = engine.handle, engine.context
         self._pool = FramePool(engine.buffer)
         self._read_code = False
+        self._answer_ports()
         engine.hook_reads(CODE_FRAMES.start, CODE_FRAMES.stop - 1, self._on_code_read)
         # What ordinary instructions leave alone: hflags up to the pending exception, in two parts,
         # of which the larger one, from the FPU on, is looked at only when it may have changed.
@@ -95,6 +96,10 @@ class UnicornMachine:
         self._cr3 = 0
         #: How many runs needed the exact mode.
         self.exact_runs = 0
+
+    def _answer_ports(self) -> None:
+        """Ports float where nobody says otherwise."""
+        self._engine.float_ports()
 
     def _view(self, start: int, end: int) -> ctypes.Array[ctypes.c_char]:
         """A part of the saved state, to be copied by its `raw`."""

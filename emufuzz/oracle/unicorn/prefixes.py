@@ -8,6 +8,7 @@ of interruption (SDM Vol. 2B REP).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,7 +22,12 @@ _ROUND: Final = 1024
 #: Unicorn would end the process.
 GAP_ABORT: Final = "unicorn-lock-bit-register"
 #: Breakpoints would outlive the case.
-GAP_DEBUG_REGISTER: Final = "unicorn-dr-validity"
+GAP_DEBUG_REGISTER: Final = "unicorn-breakpoints"
+
+
+_ABORTS: Final = re.compile(
+    rb"\xf0[\x26\x2e\x36\x3e\x64-\x67\xf0\xf2\xf3\x40-\x4f]*\x0f(?:[\xa3\xab\xb3\xbb][\xc0-\xff]|\xba[\xe0-\xff])"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,14 @@ def unicorn_must_not_run(code: bytes, mode: str) -> str:
         return ""
     bits = rest[1] in _BIT_OPCODES or (rest[1] == 0xBA and rest[2] & 0x38 >= 0x20)
     return GAP_ABORT if bits else ""
+
+
+def aborts_ahead(code: bytes) -> bool:
+    """Whether one of the bytes behind the first may begin a LOCK BT, BTS, BTR or BTC of a register.
+
+    Unicorn translates the block behind a branch that is not taken before it stops, and ends there, too.
+    """
+    return _ABORTS.search(code, 1) is not None
 
 
 def makes_shadow(code: bytes, mode: str) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from emufuzz.fuzz.environments import ARENA_BASE, environments
+from emufuzz.case.arena import ARENA_BASE
+from emufuzz.fuzz.environments import environments
 from emufuzz.fuzz.generate import generate_batch
 from emufuzz.oracle.unicorn import UnicornOracle
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
+from emufuzz.case.build import build_case
 from emufuzz.case.model import Case, Fpu, Outcome, TableRegister
 from emufuzz.oracle.unicorn.gaps import UNICORN_GAPS
 
@@ -58,7 +59,6 @@ PROOFS = (
     Proof("rmw-pf-error-code", "prot32", "0106", faults_at(14, 0, 0x1000), {6: 0x1000}),
     Proof("f6-1-ud", "prot32", "f6c801", undefined),
     Proof("seg-prefix-pair", "prot64", "652e8b06", gpr_is(0, 0x03020100), {6: 0x8000}, {"gs": 0x100}),
-    Proof("int-delivery", "prot32", "cd80", faults_at(0x80, None, None)),
     Proof(
         "far-transfer",
         "prot32",
@@ -67,17 +67,13 @@ PROOFS = (
         {},
         {"mem": ((0x1000, GDT),), "gdtr": TableRegister(0x1000, 15)},
     ),
-    Proof("syscall", "prot32", "0f34", completes),
     Proof("vex", "prot64", "c5f858c1", completes),
-    Proof("dr-validity", "prot64", "0f21f8", completes, {}, {"dr7": 0x2400}),
     Proof("virtualization", "prot32", "0f01c1", undefined),
     Proof("lock-neg-flags", "prot32", "f0f71e", lambda _c, o: not o.rflags & 0x80, {6: 0x8000}),
     Proof("shld16-count", "prot32", "660fa4d81f", gpr_is(0, 0x891A), {0: 0x1234, 3: 0xABCD}),
     Proof("cmpxchg32-upper", "prot64", "0fb1d9", gpr_is(0, 5), {0: 1 << 32 | 5, 1: 5, 3: 7}),
     Proof("x87", "prot32", "9b", completes, {}, {"fpu": PENDING}),
-    Proof("hidden-cr", "prot64", "0f20c0", gpr_is(0, 0x80010011)),
-    Proof("msr-validity", "prot64", "0f32", completes, {1: 0x12345678}),
-    Proof("cpu-identity", "prot64", "0fa2", completes),
+    Proof("cache-flush", "prot32", "0fae3e", completes, {6: 0x1000}),
     Proof("iopl", "prot32", "ec", completes, {}, {"cpl": 3}),
     Proof("umip", "prot32", "0f00c8", completes, {}, {"cpl": 3, "cr4": 0xE00}),
     Proof(
@@ -95,7 +91,7 @@ PROOFS = (
     Proof("access-order", "prot32", "60", faults_at(14, 2, 0xBFF0), {4: 0xC010}, {"mem": ()}),
     Proof("66-near-branch", "prot64", "66eb10", lambda _c, o: o.rip == 0x6013, {}, {"rip": 0x16000}),
     Proof("ret-imm-signed", "prot64", "c2f0ff", gpr_is(4, 0xC7F8)),
-    Proof("movbe16", "prot16", "0f38f006", gpr_is(0, 0x00010203), {}, {"disp": "0080"}),
+    Proof("movbe16", "prot16", "0f38f006", gpr_is(0, 0x0F38F006), {}, {"disp": "0060"}),
     Proof("bsf32-upper", "prot64", "0fbcc3", gpr_is(0, 0x55555555), {0: 0x5555555555555555}),
 )
 
@@ -126,7 +122,30 @@ def test_a_move_to_a_debug_register_is_not_run(oracle, case):
     built = case("prot64", "0f23f8", {0: 0x401})
     outcome = oracle.run([built])[0]
     assert (outcome.rip, outcome.exception) == (built.rip, None)
-    assert outcome.unchecked == (("all", "unicorn-dr-validity"),)
+    assert outcome.unchecked == (("all", "unicorn-breakpoints"),)
+
+
+@pytest.mark.parametrize(("code", "vector"), [("cd80", 0x80), ("cc", 3), ("ce", 4)])
+def test_software_interrupts_are_not_delivered(oracle, case, code, vector):
+    outcome = oracle.run([case("prot32", code, rflags=0x802)])[0]
+    assert outcome.exception == (vector, None, None)
+    assert outcome.unchecked == (("all", "unicorn-int-delivery"),)
+
+
+def test_a_software_interrupt_that_is_refused_is_judged(oracle, case):
+    """INT n in virtual-8086 mode with IOPL below 3, and INTO without overflow."""
+    refused, nothing = case("vm86", "cd0d"), case("prot32", "ce")
+    ends = oracle.run([refused, nothing])
+    assert [end.exception for end in ends] == [(13, 0, None), None]
+    assert [oracle.unchecked(c, end) for c, end in zip((refused, nothing), ends, strict=True)] == [(), ()]
+
+
+def test_a_far_transfer_by_an_accessed_descriptor_is_judged(oracle, case):
+    accessed = GDT[:13] + b"\x9b" + GDT[14:]
+    options = {"mem": ((0x1000, accessed),), "gdtr": TableRegister(0x1000, 15)}
+    built = case("prot32", "ea000100000800", {}, **options)
+    outcome = oracle.run([built])[0]
+    assert (outcome.exception, outcome.rip, oracle.unchecked(built, outcome)) == (None, 0x100, ())
 
 
 def test_every_gap_has_a_proof():
@@ -140,6 +159,13 @@ def test_lock_on_a_bit_register_is_never_run(oracle, case, code):
     assert outcome.unchecked == (("all", "unicorn-lock-bit-register"),)
 
 
+def test_lock_on_a_bit_register_behind_a_branch_is_never_translated(oracle):
+    code = bytes.fromhex("0f8f00010000" + "f0470fbaf11f" + "f4")  # jg, not taken; lock btr r9d, 31
+    [outcome] = oracle.run([build_case("prot64", code, flags=0x44)])
+    assert outcome.exception is None
+    assert outcome.unchecked == (("all", "unicorn-lock-bit-register"),)
+
+
 PLAIN = (
     ("prot32", "01d8", {}),
     ("prot32", "8b06", {6: 0x8000}),
@@ -149,6 +175,7 @@ PLAIN = (
     ("vm86", "50", {}),
     ("prot64", "c3", {4: 0xC000}),
     ("prot64", "0fabc8", {1: 9}),
+    ("prot64", "f3a5", {1: 5, 6: 0x8001, 7: 0xC003}),
 )
 
 

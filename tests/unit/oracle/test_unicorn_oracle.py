@@ -133,9 +133,14 @@ def test_many_memories_and_code_pages_reuse_the_buffer(oracle, case):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"path": "ept_violation"}, "path"),
-        ({"extra": {"phys": []}}, "phys"),
-        ({"count": 2}, "count"),
+        ({"path": "task-switch"}, "path: task-switch switches tasks"),
+        ({"path": "rmode-inject"}, "path: rmode-inject delivers an event"),
+        ({"path": "ud", "extra": {"kvm": {"pending": {"vector": 13}}}}, "kvm.pending: an exception is"),
+        ({"extra": {"kvm": {"vectoring_info": 0x80000300}}}, "kvm.vectoring_info"),
+        ({"extra": {"callbacks": []}}, "callbacks"),
+        ({"extra": {"phys": [{"addr": "0x10000000000"}]}}, "phys: unicorn has addresses of 40 bits"),
+        ({"extra": {"devices": [{"kind": "mmio", "addr": 0, "size": 0x801000}]}}, "mem: more than 2048"),
+        ({"count": 2, "path": "ud"}, "count"),
         ({"emul_type": 4}, "emul_type"),
     ],
 )

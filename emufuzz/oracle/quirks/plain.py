@@ -1,22 +1,15 @@
-"""Where KVM's emulator knowingly departs from the hardware: named rules that recognise each.
-
-The port keeps these on purpose. A rule names its leaves and checks the whole set of differences
-against what exactly KVM does, so that another fault in the same instruction is still a finding.
-A case that a rule explains is counted under the rule's id.
-"""
+"""Named departures of the emulator that any engine sees in flat memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from emufuzz.arch.leaves import leaf_rows
-from emufuzz.case.model import Case, Outcome
+from emufuzz.oracle.local_table import local_table
 from emufuzz.oracle.quirk_rules import (
     ascii_adjust,
     enter,
     late_check,
+    no_prefix_allowed,
     null_stack,
     real_return,
     register_prefetch,
@@ -34,27 +27,11 @@ from emufuzz.oracle.quirk_rules import (
     wide_segment_store,
     zero_count,
 )
-
-if TYPE_CHECKING:
-    from emufuzz.oracle.compare import Difference
-
-#: Whether a rule explains all differences of (case, subject, oracle).
-Explains = Callable[[Case, Outcome, Outcome, "Sequence[Difference]"], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class Quirk:
-    """One departure: what KVM does, what the hardware does, and where that is written."""
-
-    id: str
-    leaves: frozenset[str]
-    kvm: str
-    reference: str
-    explains: Explains
-
-
-_ANY: Final = frozenset(row.leaf for row in leaf_rows() if row.implemented)
-_STRINGS: Final = frozenset(row.leaf for row in leaf_rows() if "String" in row.flags)
+from emufuzz.oracle.quirks.quirk import (
+    ANY,
+    STRINGS,
+    Quirk,
+)
 
 # fmt: off
 QUIRKS: Final[tuple[Quirk, ...]] = (
@@ -100,30 +77,26 @@ QUIRKS: Final[tuple[Quirk, ...]] = (
     Quirk("kvm-rex-r-segment-register", frozenset(("8c", "8e")),
           "REX.R makes the number of a segment register 8 to 15, which is #UD",
           "SDM Vol. 2A 2.2.1.2", segment_number),
+    Quirk("kvm-lldt-in-ldt", frozenset(("0f00/2",)),
+          "LLDT takes a selector in the LDT, and reads the descriptor there, instead of #GP(selector)",
+          "SDM Vol. 2A LLDT", local_table),
     Quirk("kvm-ltr-ti-error-code", frozenset(("0f00/3",)),
           "LTR of a selector in the LDT is #GP(0) instead of #GP(selector)",
           "SDM Vol. 2A LTR", task_in_ldt),
     Quirk("kvm-null-ss-hidden-part", frozenset(("8e", "17", "0fb2")),
           "a null SS gets the hidden part of a flat data segment",
           "SDM Vol. 3A 5.4.1", null_stack),
-    Quirk("kvm-quirk-01-canonical-straddle", _ANY,
+    Quirk("kvm-quirk-01-canonical-straddle", ANY,
           "only the first byte of an access is checked for a canonical address",
           "SDM Vol. 1 3.3.7.1", straddle),
-    Quirk("kvm-page-split-write", _ANY,
+    Quirk("kvm-page-split-write", ANY,
           "a write that faults on its second page has changed the first",
           "SDM Vol. 3A 6.6", split_write),
-    Quirk("kvm-rep-zero-count", _STRINGS,
+    Quirk("kvm-prefixed-xsetbv", frozenset(("0f01/2.mod3.rm=1",)),
+          "66, F2 and F3 in front of XSETBV are ignored",
+          "SDM Vol. 2D XSETBV", no_prefix_allowed),
+    Quirk("kvm-rep-zero-count", STRINGS,
           "REP with ECX = 0 and 32-bit addresses truncates RCX, RSI and RDI, as Intel processors do",
           "SDM Vol. 2B REP", zero_count),
 )
 # fmt: on
-
-
-def explaining_quirk(
-    case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]
-) -> str | None:
-    """The id of the first quirk that explains all differences, or None."""
-    for quirk in QUIRKS:
-        if subject.leaf in quirk.leaves and quirk.explains(case, subject, oracle, differences):
-            return quirk.id
-    return None
