@@ -1,4 +1,4 @@
-"""What a case costs: raw Unicorn, the oracle, the emulator, and a whole campaign, taking turns.
+"""What a case costs: raw Unicorn, the oracle, the emulator, whole campaigns, taking turns.
 
 One register state per instruction, so that nothing hides the cost of translation. Each round
 takes new cases and times every part on them; the medians over the rounds are reported. Rounds
@@ -14,14 +14,22 @@ from statistics import median
 from typing import Any, Final
 
 from emufuzz.case.model import Case
+from emufuzz.fuzz.accounting import BatchResult, Totals
 from emufuzz.fuzz.engines import make_subject
 from emufuzz.fuzz.generate import Options, generate_batch
+from emufuzz.fuzz.guided.epochs import epoch_of
+from emufuzz.fuzz.guided.feedback import candidates
+from emufuzz.fuzz.guided.guide import Guide
 from emufuzz.fuzz.loop import CampaignLoop
 from emufuzz.oracle.unicorn import UnicornOracle
 from emufuzz.oracle.unicorn.prefixes import unicorn_must_not_run
 
 BATCH: Final = 2048
 MIN_ROUNDS: Final = 5
+_RATIOS: Final = (
+    ("oracle", "raw_emu_start"), ("emulator", "oracle"), ("campaign", "oracle"), ("guided", "unfed"),
+    ("guided", "campaign"),
+)  # fmt: skip
 _WARM_UP: Final = 2  # rounds that fill caches and are not counted
 
 
@@ -30,7 +38,8 @@ class BenchResult:
 
     def __init__(self) -> None:
         self.rounds: dict[str, list[float]] = {
-            name: [] for name in ("raw_emu_start", "oracle", "emulator", "generate", "campaign")
+            name: []
+            for name in ("raw_emu_start", "oracle", "emulator", "generate", "campaign", "guided", "unfed")
         }
 
     def add(self, name: str, seconds: float, cases: int) -> None:
@@ -53,6 +62,8 @@ class BenchResult:
             "oracle_over_raw": round(self.ratio("oracle", "raw_emu_start"), 3),
             "emulator_over_oracle": round(self.ratio("emulator", "oracle"), 3),
             "campaign_over_oracle": round(self.ratio("campaign", "oracle"), 3),
+            "guided_over_unfed": round(self.ratio("guided", "unfed"), 3),
+            "guided_over_campaign": round(self.ratio("guided", "campaign"), 3),
         }
         rounds = len(self.rounds["oracle"])
         return {**times, **ratios, "rounds": rounds, "cases_per_round": BATCH, "states_per_instruction": 1}
@@ -66,10 +77,12 @@ class BenchResult:
             "emulator": "the port of KVM's emulator",
             "generate": "generating a case",
             "campaign": "generate + emulator + oracle + compare",
+            "guided": "the same with a guided generator and its feedback",
+            "unfed": "guided without looking for feedback",
         }
         lines = [f"{name:<14} {times[name]:8.2f} us/case  {text}" for name, text in what.items()]
         lines.append("")
-        for part, base in (("oracle", "raw_emu_start"), ("emulator", "oracle"), ("campaign", "oracle")):
+        for part, base in _RATIOS:
             lines.append(f"{part} / {base} = {self.ratio(part, base):.2f}")
         rounds = len(self.rounds["oracle"])
         lines.append(f"medians of {rounds} rounds of {BATCH} cases, one state per instruction")
@@ -86,6 +99,7 @@ def run_bench(seed: int, seconds: float) -> BenchResult:
     subject = make_subject()
     loop = CampaignLoop(subject, oracle)
     options = Options(states=1)
+    guided = _Guided(loop, seed, options)
     result = BenchResult()
     end = time.perf_counter() + seconds
     number = 0
@@ -98,6 +112,7 @@ def run_bench(seed: int, seconds: float) -> BenchResult:
         for name, measure in [*result_of[turn:], *result_of[:turn]]:
             measured.add(name, measure(), len(batch))
         _campaign(loop, seed, 2 * number + 1, options, measured)
+        guided.measure(number, measured)
         number += 1
     oracle.close()
     return result
@@ -141,6 +156,30 @@ def _campaign(loop: CampaignLoop, seed: int, number: int, options: Options, resu
     running = _timed(lambda: loop.run_batch(number, batch))
     result.add("generate", generating, BATCH)
     result.add("campaign", generating + running, BATCH)
+
+
+class _Guided:
+    """A guided campaign of one worker, batch by batch."""
+
+    def __init__(self, loop: CampaignLoop, seed: int, options: Options) -> None:
+        self._loop = loop
+        self._guide = Guide(seed, options)
+        self._totals = Totals()
+
+    def measure(self, number: int, result: BenchResult) -> None:
+        """Time a batch with its feedback, and what it takes without; then merge it as the driver does."""
+        cases: list[Case] = []
+        done: list[BatchResult] = []
+        generator, known = self._guide.generator(number), self._guide.snapshot(epoch_of(number)).known
+        generating = _timed(lambda: cases.extend(generator.cases(BATCH)))
+        running = _timed(lambda: done.append(self._loop.run_batch(number, cases)))
+        [batch] = done
+        subject = self._loop.subject
+        feeding = _timed(lambda: batch.candidates.extend(candidates(subject, cases, batch, known)))
+        result.add("unfed", generating + running, BATCH)
+        result.add("guided", generating + running + feeding, BATCH)
+        self._totals.merge(batch)
+        self._guide.merge(batch, self._totals, whole=True)
 
 
 def _timed(run: Callable[[], object]) -> float:

@@ -1,7 +1,8 @@
 """Seeded bugs: handlers broken on purpose, one per family, to measure whether a campaign notices.
 
 While `seeded_bug` is active a broken handler stands in for the right one in the opcode tables of
-this process. Each bug is of a kind that emulators really have: a flag, an order, a width.
+this process. Each bug is of a kind that emulators really have: a flag, an order, a width. Unicorn
+sees all of these; those that it cannot see are in emufuzz.fuzz.blind_bugs.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Final
 
 from emufuzz.arch.regs import VCPU_REGS_RSP
@@ -16,6 +18,7 @@ from emufuzz.arch.rflags import X86_EFLAGS_AF, X86_EFLAGS_CF, X86_EFLAGS_OF, X86
 from emufuzz.emulator.ctxt import X86EmulateCtxt, reg_read, reg_write
 from emufuzz.emulator.opcode import Handler, Opcode, leaves
 from emufuzz.emulator.tables import ONE_BYTE, THREE_BYTE, TWO_BYTE
+from emufuzz.fuzz.blind_bugs import BLIND_BUGS, Change
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,28 +155,46 @@ BUGS: Final = {
 # fmt: on
 
 
+def known_bugs() -> dict[str, tuple[str, str]]:
+    """Name -> (family, what it is) of every bug; those that Unicorn does not see have the family `blind`."""
+    seen = {name: (bug.family, bug.what) for name, bug in BUGS.items()}
+    return seen | {name: ("blind", bug.what) for name, bug in BLIND_BUGS.items()}
+
+
 @contextmanager
 def seeded_bug(name: str) -> Iterator[None]:
-    """Have the bug of that name in this process's emulator; no bug for an empty name.
+    """Have the bug of that name, of BUGS or BLIND_BUGS, in this process's emulator; none for an empty name.
 
     Raises:
         KeyError: There is no such bug.
     """
-    changed: list[tuple[Opcode, Handler]] = []
-    if name:
-        bug = BUGS[name]
-        for table in (ONE_BYTE, TWO_BYTE, THREE_BYTE):
-            for opcode in leaves(table):
-                if opcode.mnemonic in bug.mnemonics and opcode.execute is not None:
-                    changed.append((opcode, opcode.execute))
-                    _replace(opcode, bug.breaks(opcode.execute))
+    undo: list[Change] = []
     try:
+        for change in _changes_of(name) if name else ():
+            target, attribute, value = change
+            undo.append(Change(target, attribute, getattr(target, attribute)))
+            _replace(target, attribute, value)
         yield
     finally:
-        for opcode, handler in changed:
-            _replace(opcode, handler)
+        for target, attribute, value in reversed(undo):
+            _replace(target, attribute, value)
 
 
-def _replace(opcode: Opcode, handler: Handler) -> None:
+def _changes_of(name: str) -> list[Change]:
+    if name in BLIND_BUGS:
+        return list(BLIND_BUGS[name].changes())
+    bug = BUGS[name]
+    return [
+        Change(opcode, "execute", bug.breaks(opcode.execute))
+        for table in (ONE_BYTE, TWO_BYTE, THREE_BYTE)
+        for opcode in leaves(table)
+        if opcode.mnemonic in bug.mnemonics and opcode.execute is not None
+    ]
+
+
+def _replace(target: ModuleType | Opcode, attribute: str, value: object) -> None:
     """Opcodes are frozen; this is the one place that means to change one."""
-    object.__setattr__(opcode, "execute", handler)
+    if isinstance(target, Opcode):
+        object.__setattr__(target, attribute, value)
+    else:
+        setattr(target, attribute, value)

@@ -11,7 +11,8 @@ from random import Random
 from typing import Final, NamedTuple
 
 from emufuzz.arch.regs import VCPU_REGS_RBP, VCPU_REGS_RSP, VCPU_SREG_DS, VCPU_SREG_SS
-from emufuzz.fuzz.values import boundary, boundary_bytes
+from emufuzz.case.values import boundary
+from emufuzz.fuzz.values import boundary_bytes
 
 #: Sizes of the tables below; powers of two, so that random bits index them.
 PREFIX_COUNT: Final = 512

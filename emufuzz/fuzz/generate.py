@@ -19,7 +19,7 @@ from emufuzz.case.model import Case
 from emufuzz.fuzz.encode import displacements, memory_forms
 from emufuzz.fuzz.environments import ARENA_SLOTS, SLOT_SIZE, Environment, environments
 from emufuzz.fuzz.forms import MOD_MEMORY, MOD_REGISTER
-from emufuzz.fuzz.plans import PLAN_COUNT, Plan, plans
+from emufuzz.fuzz.plans import PLAN_COUNT, Plan, even_plans, plans
 from emufuzz.fuzz.prepare import Encoding
 from emufuzz.fuzz.values import pool
 
@@ -72,6 +72,8 @@ class Address(NamedTuple):
 class Generator:
     """One batch in the making."""
 
+    _plans = staticmethod(plans)
+
     def __init__(self, seed: int, number: int, options: Options) -> None:
         self._rng = Random(f"batch {seed} {number}")
         self._environments = [environments(seed, mode) for mode in options.modes]
@@ -90,7 +92,7 @@ class Generator:
         cases, rng = self._cases, self._rng
         while len(cases) < size:
             env = rng.choice(rng.choice(self._environments))
-            table = plans(env.bits)
+            table = self._plans(env.bits)
             for _ in range(RUN_LENGTH):
                 bits = rng.getrandbits(64)
                 self._instruction(env, table[bits & PLAN_COUNT - 1], bits >> 14)
@@ -181,6 +183,12 @@ class Generator:
                     env.mem,
                 )
             )
+
+
+class EvenGenerator(Generator):
+    """One that gives every implemented form the same share."""
+
+    _plans = staticmethod(even_plans)
 
 
 def _solve(regs: list[int], address: Address, target: int) -> None:

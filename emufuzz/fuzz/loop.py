@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import re
 import traceback
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Final
 
-import msgspec
-
+from emufuzz.case.errors import UnsupportedCaseError
 from emufuzz.case.model import Case, Outcome
-from emufuzz.fuzz.trim import trim
+from emufuzz.fuzz.accounting import IN_FINDING, RESULT, BatchResult, add_counts
+from emufuzz.fuzz.cells import add_cells, add_tallies, cell_of
+from emufuzz.fuzz.finding import ALONE, FAILED, SPLIT, Bucket, Finding, place_of
+from emufuzz.fuzz.judging import AGREED, OBJECTS, SAMPLE, count_fields, count_view
+from emufuzz.fuzz.kvm.results import NO_EXIT, result_of
+from emufuzz.fuzz.panel import Answers, Panel, objecting
+from emufuzz.fuzz.steps import first_disagreement, has_steps
 from emufuzz.oracle.base import Oracle
 from emufuzz.oracle.compare import (
     AGREE,
+    LEFT,
     SKIPPED,
     Difference,
+    Verdict,
     agree,
-    compare,
     judge,
+    left_before,
     primary_kind,
     refusal,
 )
 from emufuzz.subject.base import Subject
-from emufuzz.subject.flat import FlatSubject
 
 #: Cases between two progress marks.
 CHUNK: Final = 128
@@ -33,52 +39,26 @@ PHASE_SUBJECT: Final = 1
 PHASE_ORACLE: Final = 2
 PHASES: Final = ("generator", "subject", "oracle")
 
+#: Results that leave something to compare.
+_DONE: Final = ("continue", "propagate_fault")
 
-class Finding(msgspec.Struct):
-    """A disagreement, crash or hang: the first case of its bucket, and what each side made of it.
+#: Addresses in a reason would make each case a reason of its own.
+_NUMBER: Final = re.compile(r"0x[0-9a-f]+")
 
-    `subject` and `oracle` are None where they did not finish. `verdict` says in a sentence who
-    disagrees; `index` is the case's place in its batch.
+
+def skip_reason(outcome: Outcome) -> str:
+    """Why there is nothing to compare, without the numbers of this very case; empty if there is.
+
+    A case whose exit did not come about is no refusal; for others the results stand in for a reason
+    that the emulator does not give.
     """
-
-    leaf: str
-    mode: str
-    kind: str
-    batch: int
-    index: int
-    case: Case
-    differences: tuple[Difference, ...]
-    subject: Outcome | None = None
-    oracle: Outcome | None = None
-    verdict: str = ""
-
-    @property
-    def bucket(self) -> tuple[str, str, str]:
-        """What findings are deduplicated by."""
-        return self.leaf, self.mode, self.kind
-
-
-class BatchResult(msgspec.Struct):
-    """What became of a batch. Every case is agreed, skipped under a reason, or a finding.
-
-    `coverage` counts cases by (leaf, mode); `findings` holds the first of each bucket and
-    `bucket_cases` how many cases fell into it.
-    """
-
-    number: int
-    cases: int = 0
-    agreed: int = 0
-    skipped: dict[str, int] = {}
-    coverage: dict[tuple[str, str], int] = {}
-    findings: list[Finding] = []
-    bucket_cases: dict[tuple[str, str, str], int] = {}
-
-    def add(self, finding: Finding) -> None:
-        """Count a finding; the first of its bucket is kept."""
-        bucket = finding.bucket
-        if bucket not in self.bucket_cases:
-            self.findings.append(finding)
-        self.bucket_cases[bucket] = self.bucket_cases.get(bucket, 0) + 1
+    results = result_of(outcome) if outcome.extra is not None else frozenset[str]()
+    if NO_EXIT in results:
+        return _NUMBER.sub("..", outcome.reason)
+    reason = refusal(outcome)
+    if reason and results and not outcome.reason:
+        return f"subject-{outcome.rc}: {', '.join(sorted(results))}"
+    return _NUMBER.sub("..", reason)
 
 
 #: Called with (phase, index of the first case in work).
@@ -92,11 +72,19 @@ def _no_progress(phase: int, index: int) -> None:
 class CampaignLoop:
     """Subject and oracle, and the loop that compares them."""
 
-    def __init__(self, subject: Subject, oracle: Oracle, progress: Progress = _no_progress) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        oracle: Oracle,
+        progress: Progress = _no_progress,
+        others: Sequence[Oracle] = (),
+    ) -> None:
         self.subject = subject
         self.oracle = oracle
+        self._panel = Panel(oracle, others) if others else None
+        #: Buckets whose findings need no description any more; their cases are counted.
+        self.known: frozenset[Bucket] = frozenset()
         self._progress = progress
-        self._watcher = FlatSubject()
 
     def run_batch(self, number: int, cases: Sequence[Case], first: int = 0) -> BatchResult:
         """Run cases of batch `number`, from place `first` on; reports progress every CHUNK cases."""
@@ -107,24 +95,55 @@ class CampaignLoop:
             start = first + offset
             progress(PHASE_SUBJECT, start)
             outcomes = subject_run(part)
-            live = [
-                i
-                for i, outcome in enumerate(outcomes)
-                if outcome.rc in ("continue", "propagate_fault") and not outcome.crash
-            ]
+            live = [i for i, outcome in enumerate(outcomes) if outcome.rc in _DONE and not outcome.crash]
+            add_cells(result.cells, part, outcomes, start)
             progress(PHASE_ORACLE, start)
-            if len(live) == len(part):
-                answers = oracle_run(part)
-            else:
+            if len(live) != len(part):
                 self._add_refused(result, start, part, outcomes)
-                answers = oracle_run([part[i] for i in live])
+            if part[0].path is not None:
+                self._add_results(result, start, part, outcomes)
+            if self._panel is not None:
+                self._rule(result, start, part, outcomes, live)
+                continue
+            if part[0].path is not None:
+                live = self._judged(result, start, part, live)
+            answers = oracle_run(part if len(live) == len(part) else [part[i] for i in live])
             self._compare(result, start, part, outcomes, live, answers)
         return result
 
-    def run_carefully(self, number: int, cases: Sequence[Case], excluded: frozenset[int]) -> BatchResult:
+    @staticmethod
+    def _add_results(
+        result: BatchResult, start: int, part: Sequence[Case], outcomes: Sequence[Outcome]
+    ) -> None:
+        """Count the results of cases of exit paths."""
+        for index, (case, outcome) in enumerate(zip(part, outcomes, strict=True), start):
+            for name in result_of(outcome):
+                key = case.path or "", name
+                if key not in result.results:
+                    result.note(RESULT, " ".join(key), index)
+                result.results[key] = result.results.get(key, 0) + 1
+
+    def _judged(
+        self, result: BatchResult, start: int, part: Sequence[Case], live: Sequence[int]
+    ) -> list[int]:
+        """Those of `live` that the oracle can judge."""
+        judged = []
+        for i in live:
+            try:
+                self.oracle.check(part[i])
+            except UnsupportedCaseError as error:
+                reason = f"{self.oracle.name}: {_NUMBER.sub('..', str(error))}"
+                result.skip(reason, start + i)
+            else:
+                judged.append(i)
+        return judged
+
+    def run_carefully(
+        self, number: int, cases: Sequence[Case], excluded: frozenset[int], first: int = 0
+    ) -> BatchResult:
         """Run the cases one by one, without those at `excluded` places; exceptions become findings."""
         result = BatchResult(number, len(cases) - len(excluded))
-        for index, case in enumerate(cases):
+        for index, case in enumerate(cases, first):
             if index in excluded:
                 continue
             try:
@@ -133,46 +152,53 @@ class CampaignLoop:
                 lines = traceback.format_exc(limit=-6).strip()
                 self._add_crash(result, index, case, lines)
                 continue
-            self._merge_one(result, one)
+            self.merge(result, one)
         return result
 
     def _add_crash(self, result: BatchResult, index: int, case: Case, lines: str) -> None:
         """Something other than the subject's own code raised: the oracle or the comparison."""
         difference = Difference(self.oracle.name, "crash", "", lines)
-        result.add(
-            Finding(
-                "",
-                case.mode,
-                "crash",
-                result.number,
-                index,
-                case,
-                (difference,),
-                verdict="the oracle crashed",
-            )
-        )
+        sentence = f"{self.oracle.name} crashed"
+        finding = Finding("", "crash", FAILED, result.number, index, case, (difference,), sentence=sentence)
+        result.add_failed_cell(finding)
+        result.add(finding)
 
     @staticmethod
-    def _merge_one(result: BatchResult, one: BatchResult) -> None:
+    def merge(result: BatchResult, one: BatchResult) -> None:
+        """Add the account of other cases of the same batch, but for their number."""
         result.agreed += one.agreed
-        for reason, count in one.skipped.items():
-            result.skipped[reason] = result.skipped.get(reason, 0) + count
-        for key, count in one.coverage.items():
-            result.coverage[key] = result.coverage.get(key, 0) + count
-        for finding in one.findings:
-            result.add(finding)
+        add_tallies(result.cells, one.cells)
+        for name in ("skipped", "results", "verdicts", "fields"):
+            add_counts(getattr(result, name), getattr(one, name))
+        new = [finding for finding in one.findings if finding.bucket not in result.bucket_cases]
+        result.findings.extend(new)
+        for (kind, verdict), index in one.firsts.items():
+            result.note(kind, verdict, index)
+        for bucket, count in one.bucket_cases.items():
+            result.bucket_cases[bucket] = result.bucket_cases.get(bucket, 0) + count
+
+    def finding_of(self, case: Case) -> Finding | None:
+        """What a case is a finding of, whatever is known; None if it is none (any more)."""
+        known, self.known = self.known, frozenset()
+        try:
+            findings = self.run_carefully(0, (case,), frozenset()).findings
+        finally:
+            self.known = known
+        return findings[0] if findings else None
 
     def _add_refused(
         self, result: BatchResult, start: int, part: Sequence[Case], outcomes: Sequence[Outcome]
     ) -> None:
         """Account for what the subject refused or crashed on; the oracle is not asked."""
-        skipped = result.skipped
         for i, outcome in enumerate(outcomes):
+            if outcome.rc in _DONE and not (outcome.crash or outcome.hang):
+                continue
             if outcome.crash or outcome.hang:
                 verdict = judge(part[i], outcome, outcome, self.oracle)
-                self._report(result, start + i, part[i], outcome, None, verdict.differences)
-            elif reason := refusal(outcome):
-                skipped[reason] = skipped.get(reason, 0) + 1
+                result.cells[cell_of(part[i], outcome)].findings += 1
+                self._report(result, start + i, part[i], outcome, None, verdict.differences, FAILED)
+            elif reason := skip_reason(outcome):
+                result.skip(reason, start + i)
 
     def _compare(
         self,
@@ -184,25 +210,99 @@ class CampaignLoop:
         answers: Sequence[Outcome],
     ) -> None:
         agreed = 0
-        skipped, oracle = result.skipped, self.oracle
+        oracle, verdicts = self.oracle, result.verdicts
+        name = oracle.name
         for i, answer in zip(live, answers, strict=True):
             outcome = outcomes[i]
-            if agree(outcome, answer):
+            if not (start + i) % SAMPLE:
+                self._sample(result, part[i], outcome, [(oracle, answer)])
+            if agree(outcome, answer) or (verdict := judge(part[i], outcome, answer, oracle)).kind == AGREE:
                 agreed += 1
-                continue
-            verdict = judge(part[i], outcome, answer, oracle)
-            if verdict.kind == AGREE:
-                agreed += 1
+                key = name, outcome.leaf, AGREED
+                verdicts[key] = verdicts.get(key, 0) + 1
             elif verdict.kind == SKIPPED:
-                skipped[verdict.reason] = skipped.get(verdict.reason, 0) + 1
+                result.skip(verdict.reason, start + i)
+                if not verdict.reason.startswith(LEFT):
+                    count_view(verdicts, name, outcome.leaf, verdict.reason)
             else:
-                self._report(result, start + i, part[i], outcome, answer, verdict.differences)
+                self._blame(result, start + i, part[i], outcome, answer, verdict)
         result.agreed += agreed
-        modes = [case.mode for case in part]
-        seen = Counter(zip((outcome.leaf for outcome in outcomes), modes, strict=True))
-        coverage = result.coverage
-        for key, count in seen.items():
-            coverage[key] = coverage.get(key, 0) + count
+
+    def _blame(
+        self, result: BatchResult, index: int, case: Case, outcome: Outcome, answer: Outcome, verdict: Verdict
+    ) -> None:
+        """Account for a disagreement; of several instructions, of the first one that has it."""
+        cell, leaf = result.cells[cell_of(case, outcome)], outcome.leaf
+        step = first_disagreement(case, self.subject, self.oracle) if has_steps(case) else None
+        if step is not None:
+            case, outcome, answer, verdict = step
+        explained = verdict.kind == SKIPPED
+        count_view(result.verdicts, self.oracle.name, leaf, verdict.reason if explained else OBJECTS)
+        if explained:
+            result.skip(verdict.reason, index)
+            return
+        cell.findings += 1
+        self._report(result, index, case, outcome, answer, verdict.differences, ALONE)
+
+    @staticmethod
+    def _sample(result: BatchResult, case: Case, outcome: Outcome, answers: Answers) -> None:
+        """Count for which fields of a case the oracles vouch, unless nothing was done."""
+        if not left_before(case, outcome):
+            count_fields(result.fields, case, outcome, answers)
+
+    def _rule(
+        self,
+        result: BatchResult,
+        start: int,
+        part: Sequence[Case],
+        outcomes: Sequence[Outcome],
+        live: Sequence[int],
+    ) -> None:
+        """Compare with all oracles of the panel."""
+        panel = self._panel
+        if panel is None:
+            raise ValueError("there is only one oracle")
+        cases, subjects = [part[i] for i in live], [outcomes[i] for i in live]
+        rulings = panel.weigh(cases, subjects, self._first_answers(cases))
+        for i, (ruling, answers) in zip(live, rulings, strict=True):
+            for name, reason in ruling.views:
+                count_view(result.verdicts, name, outcomes[i].leaf, reason)
+            if not (start + i) % SAMPLE:
+                self._sample(result, part[i], outcomes[i], answers)
+            if ruling.kind == AGREE:
+                result.agreed += 1
+            elif ruling.kind == SKIPPED:
+                result.skip(_NUMBER.sub("..", ruling.reason), start + i)
+            elif reason := self._step_reason(part[i]):
+                result.skip(reason, start + i)
+            else:
+                who = SPLIT if ruling.split else ALONE
+                result.cells[cell_of(part[i], outcomes[i])].findings += 1
+                sentence = ruling.sentence(self.subject.name)
+                answer = objecting(ruling, answers)
+                self._report(
+                    result, start + i, part[i], outcomes[i], answer, ruling.differences, who, sentence
+                )
+
+    def _step_reason(self, case: Case) -> str:
+        """What explains the first of several instructions that ends differently; empty if nothing does."""
+        step = first_disagreement(case, self.subject, self.oracle) if has_steps(case) else None
+        return step.verdict.reason if step is not None and step.verdict.kind == SKIPPED else ""
+
+    def _first_answers(self, cases: Sequence[Case]) -> list[Outcome | None]:
+        """What the first oracle says, None for cases of exit paths that it cannot take."""
+        answers: list[Outcome | None] = [None] * len(cases)
+        taken = []
+        for i, case in enumerate(cases):
+            if case.path is not None:
+                try:
+                    self.oracle.check(case)
+                except UnsupportedCaseError:
+                    continue
+            taken.append(i)
+        for i, answer in zip(taken, self.oracle.run([cases[i] for i in taken]), strict=True):
+            answers[i] = answer
+        return answers
 
     def _report(
         self,
@@ -212,27 +312,21 @@ class CampaignLoop:
         outcome: Outcome,
         answer: Outcome | None,
         differences: tuple[Difference, ...],
+        who: str,
+        sentence: str = "",
     ) -> None:
-        """Count a finding; the first of its bucket is described."""
+        """Count a finding; the first of its bucket is described, unless the campaign has it already."""
         kind = primary_kind(differences)
-        bucket = outcome.leaf, case.mode, kind
-        if bucket in result.bucket_cases:
-            result.bucket_cases[bucket] += 1
+        bucket = Bucket(outcome.leaf, place_of(case), kind, who)
+        result.note(IN_FINDING, bucket.name, index)
+        if bucket in result.bucket_cases or bucket in self.known:
+            result.bucket_cases[bucket] = result.bucket_cases.get(bucket, 0) + 1
             return
         if answer is None:
-            verdict = f"{self.subject.name} failed: {kind}"
+            sentence = f"{self.subject.name} failed: {kind}"
         else:
-            verdict = f"{self.subject.name} and {self.oracle.name} disagree: {kind}"
-            case, outcome, answer, differences = self._trimmed(case, outcome, answer, differences)
-        result.add(Finding(*bucket, result.number, index, case, differences, outcome, answer, verdict))
-
-    def _trimmed(
-        self, case: Case, outcome: Outcome, answer: Outcome, differences: tuple[Difference, ...]
-    ) -> tuple[Case, Outcome, Outcome, tuple[Difference, ...]]:
-        """The finding with no more memory than it needs, if the same differs with that."""
-        small = trim(case, self._watcher)
-        (after,) = self.subject.run((small,))
-        (answered,) = self.oracle.run((small,))
-        if compare(small, after, answered) == differences:
-            return small, after, answered, differences
-        return case, outcome, answer, differences
+            sentence = sentence or f"{self.subject.name} and {self.oracle.name} disagree: {kind}"
+        leaf = outcome.leaf
+        result.add(
+            Finding(leaf, kind, who, result.number, index, case, differences, outcome, answer, sentence)
+        )

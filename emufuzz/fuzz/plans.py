@@ -75,6 +75,15 @@ def plans(bits: int) -> tuple[Plan, ...]:
     return tuple(table[:PLAN_COUNT]) if _covers(table[:PLAN_COUNT], made) else tuple(_repair(table, made))
 
 
+@cache
+def even_plans(bits: int) -> tuple[Plan, ...]:
+    """PLAN_COUNT plans like `plans`, of implemented forms alone, and all of them equally often."""
+    made = list({id(plan): plan for plan in plans(bits) if plan.form.implemented}.values())
+    table = (made * (PLAN_COUNT // len(made) + 1))[:PLAN_COUNT]
+    Random(f"even plans {bits}").shuffle(table)
+    return tuple(table)
+
+
 def _covers(table: list[Plan], made: list[Plan]) -> bool:
     return len({id(plan) for plan in table}) == len(made)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 import msgspec
 
-from emufuzz.case.model import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Case, Memory
+from emufuzz.case.model import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Case, Memory, is_physical
 from emufuzz.subject.flat import FlatSubject
 
 #: Callbacks that touch memory: (name, linear address, bytes or their number, ...).
 _TOUCHING: Final = frozenset(("read", "write", "cmpxchg"))
+_WORTH_TRYING: Final = 40
 
 
 def trim(case: Case, watcher: FlatSubject) -> Case:
@@ -48,3 +50,27 @@ def _entries(case: Case, pfn: int, offsets: set[int]) -> list[tuple[int, bytes]]
             start = offset
         previous = offset
     return runs
+
+
+def trim_pages(case: Case, shows: Callable[[Case], bool]) -> Case:
+    """The case without those entries of its `mem` or `phys` without which it still shows what it shall.
+
+    For cases that more than the emulator looks at: `shows` runs each candidate. Nothing is taken
+    away from a case with more entries than are worth trying.
+    """
+    physical = is_physical(case)
+    entries = list((case.extra or {})["phys"] if physical else case.mem.entries)
+    if len(entries) > _WORTH_TRYING:
+        return case
+    for entry in list(entries):
+        rest = [other for other in entries if other is not entry]
+        shorter = _with_entries(case, rest)
+        if shows(shorter):
+            case, entries = shorter, rest
+    return case
+
+
+def _with_entries(case: Case, entries: list[Any]) -> Case:
+    if is_physical(case):
+        return msgspec.structs.replace(case, extra={**(case.extra or {}), "phys": entries})
+    return msgspec.structs.replace(case, mem=Memory(tuple(entries)))

@@ -1,59 +1,29 @@
-"""Campaigns: accounting, order, deduplication, workers that hang or die, directories."""
+"""Campaigns: accounting, order, deduplication, cases that workers hang or die over."""
 
 from __future__ import annotations
 
-import json
 import os
 import time
 
 import pytest
+from support.misbehaving import Liar, Twin
 
+from emufuzz.arch.leaves import LEAVES
 from emufuzz.case.model import Outcome
-from emufuzz.fuzz.campaign import BATCH_SIZE, Campaign, Limits
+from emufuzz.fuzz.campaign import Campaign, Limits
+from emufuzz.fuzz.cells import CRASH, HANG, cpl_of
+from emufuzz.fuzz.config import CampaignConfig
+from emufuzz.fuzz.finding import Bucket
+from emufuzz.fuzz.finding_json import versions
 from emufuzz.fuzz.generate import Options, generate_batch
 from emufuzz.fuzz.loop import CampaignLoop
-from emufuzz.fuzz.store import FINDING_FORMAT, Store, StoreError, bucket_name, versions
-from emufuzz.fuzz.workers import Setup
+from emufuzz.fuzz.schedule import BATCH_SIZE
+from emufuzz.fuzz.store import Store
+from emufuzz.fuzz.tasks import Setup
+from emufuzz.fuzz.workers.local import LocalPool
 from emufuzz.subject.flat import FlatSubject
 
 VERSIONS = {"subject": "emulator", "oracle": "twin"}
-
-
-class Twin:
-    """An oracle that is the subject again: it agrees with everything."""
-
-    name = "twin"
-
-    def __init__(self):
-        self._subject = FlatSubject(events=False)
-
-    def check(self, case):
-        pass
-
-    def run(self, batch):
-        return self._subject.run(batch)
-
-    def unchecked(self, case, outcome):  # noqa: ARG002 - the protocol has them
-        return ()
-
-    def fingerprint(self):
-        return {"oracle": self.name}
-
-    def close(self):
-        pass
-
-
-class Liar(Twin):
-    """Wrong about RBX in every batch's cases of real mode."""
-
-    def run(self, batch):
-        outcomes = super().run(batch)
-        for case, outcome in zip(batch, outcomes, strict=True):
-            if case.mode == "real":
-                gpr = list(outcome.gpr)
-                gpr[3] ^= 1
-                outcome.gpr = tuple(gpr)
-        return outcomes
 
 
 class Broken(Twin):
@@ -95,38 +65,49 @@ def subject():
     return FlatSubject(events=False)
 
 
-def campaign(oracle, cases, store=None, **options):
+def campaign(oracle, cases, store=None, *, workers=1, watchdog=20.0):
     setup = Setup(1, Options(), subject, oracle)
-    return Campaign(setup, Limits(cases), store, **options)
+    return Campaign(setup, Limits(cases), LocalPool(setup, workers, watchdog), store)
 
 
-def balanced(totals):
-    return totals.cases == totals.agreed + totals.skipped_cases + sum(totals.bucket_cases.values())
+def new_store(directory):
+    store = Store.create(directory, CampaignConfig(), None)
+    store.begin("local:1", VERSIONS)
+    return store
+
+
+def exported(store):
+    return {path.name: path.read_bytes() for path in store.findings.iterdir()}
 
 
 def test_agreement_is_accounted_for():
     totals = campaign(Twin, 3000).run()
     assert totals.cases == 3000
-    assert not totals.findings
-    assert balanced(totals)
+    assert not totals.bucket_cases
+    assert totals.balanced
     assert totals.covered() > 500
 
 
 def test_findings_do_not_depend_on_the_number_of_workers(tmp_path):
-    files = []
+    files, totals = [], []
     for workers in (1, 2):
-        store = Store(tmp_path / str(workers), VERSIONS)
-        totals = campaign(Liar, BATCH_SIZE * 3, store, workers=workers).run()
-        assert balanced(totals)
-        assert totals.new
-        files.append({path.name: path.read_bytes() for path in store.findings.iterdir()})
+        store = new_store(tmp_path / str(workers))
+        running = campaign(Liar, BATCH_SIZE * 3, store, workers=workers)
+        assert running.run().balanced
+        assert running.new
+        files.append(exported(store))
+        totals.append(store.totals())
+        store.close()
     assert files[0] == files[1]
+    assert totals[0] == totals[1]
+    assert all((totals[0].cells, totals[0].verdicts, totals[0].fields))
 
 
 def test_a_bucket_keeps_its_lowest_case():
-    totals = campaign(Liar, BATCH_SIZE * 2).run()
+    running = campaign(Liar, BATCH_SIZE * 2)
+    running.run()
     loop = CampaignLoop(subject(), Liar())
-    for finding in list(totals.findings.values())[:5]:
+    for finding in running.new[:5]:
         for number in range(finding.batch + 1):
             result = loop.run_batch(number, generate_batch(1, number, BATCH_SIZE))
             places = [(f.batch, f.index) for f in result.findings if f.bucket == finding.bucket]
@@ -135,14 +116,44 @@ def test_a_bucket_keeps_its_lowest_case():
                 break
 
 
+def test_a_known_bucket_is_counted_but_not_described():
+    loop = CampaignLoop(subject(), Liar())
+    cases = generate_batch(1, 0, 600)
+    first = loop.run_batch(0, cases)
+    loop.known = frozenset(first.bucket_cases)
+    second = loop.run_batch(0, cases)
+    assert second.bucket_cases == first.bucket_cases
+    assert first.findings
+    assert not second.findings
+
+
+@pytest.mark.parametrize("parts", [(1000, 3000), (BATCH_SIZE, 3000), (2500, 2600, 3000)])
+def test_a_campaign_in_parts_finds_what_it_finds_at_once(tmp_path, parts):
+    whole = new_store(tmp_path / "whole")
+    campaign(Liar, parts[-1], whole).run()
+    store = new_store(tmp_path / "parts")
+    for cases in parts:
+        totals = campaign(Liar, cases, store).run()
+    assert totals == whole.totals() == store.totals()
+    assert exported(store) == exported(whole)
+    store.close()
+    whole.close()
+
+
 @pytest.mark.parametrize(("oracle", "kind"), [(Raises, "crash"), (Dies, "crash"), (Hangs, "hang")])
 def test_a_broken_oracle_is_a_finding_and_the_campaign_goes_on(oracle, kind):
-    totals = campaign(oracle, BATCH_SIZE * 3, watchdog=2.0).run()
+    running = campaign(oracle, BATCH_SIZE * 3, watchdog=2.0)
+    totals = running.run()
     assert totals.cases == BATCH_SIZE * 3
-    assert balanced(totals)
-    (finding,) = totals.findings.values()
+    assert totals.balanced
+    (finding,) = running.new
     assert finding.kind == kind
     assert finding.case.id == Broken.victim
+    ((cell, count),) = (
+        (cell, count) for cell, count in totals.cells.items() if cell.outcome in (CRASH, HANG)
+    )
+    assert cell[1:] == (finding.case.mode, cpl_of(finding.case), kind, "")
+    assert (count.cases, count.findings, count.batch, count.index) == (1, 1, 1, 300)
 
 
 def test_a_crash_of_the_subject_has_its_traceback():
@@ -163,57 +174,27 @@ def test_interrupt_keeps_what_was_merged():
     with pytest.raises(KeyboardInterrupt):
         running.run(stop)
     assert running.totals.cases >= BATCH_SIZE
-    assert balanced(running.totals)
+    assert running.totals.balanced
 
 
 def test_time_limit_ends_the_campaign():
     setup = Setup(1, Options(), subject, Twin)
     started = time.monotonic()
-    totals = Campaign(setup, Limits(seconds=1.5)).run()
+    totals = Campaign(setup, Limits(seconds=1.5), LocalPool(setup, 1)).run()
     assert time.monotonic() - started < 20
-    assert balanced(totals)
-
-
-def one_finding():
-    result = CampaignLoop(subject(), Liar()).run_batch(0, generate_batch(1, 0, 400))
-    return result.findings[0]
-
-
-def test_a_finding_is_saved_whole_and_once(tmp_path):
-    store = Store(tmp_path / "c", VERSIONS)
-    finding = one_finding()
-    assert store.save(finding)
-    assert not store.save(finding)
-    (path,) = store.findings.iterdir()
-    saved = json.loads(path.read_bytes())
-    assert saved["format"] == FINDING_FORMAT
-    assert saved["case"]["id"] == finding.case.id
-    assert set(saved["outcomes"]) == {"emulator", "twin"}
-    assert saved["differences"][0]["field"] == "rbx"
-
-
-def test_a_directory_of_something_else_is_refused(tmp_path):
-    (tmp_path / "precious").write_text("x")
-    with pytest.raises(StoreError, match=r"not a campaign directory"):
-        Store(tmp_path, VERSIONS)
-
-
-def test_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(StoreError, match="not a directory"):
-        Store(tmp_path / "file", VERSIONS)
-
-
-def test_a_campaign_directory_is_used_again(tmp_path):
-    Store(tmp_path / "c", VERSIONS).begin({"seed": 1})
-    store = Store(tmp_path / "c", VERSIONS)
-    assert store.findings.is_dir()
+    assert totals.balanced
 
 
 def test_bucket_names_are_file_names():
-    assert bucket_name(("f6/1", "real", "gpr")) == "f6_1-real-gpr"
-    assert "/" not in bucket_name(("c4.mode64|mod3.(VEX)", "prot64", "rip"))
-    assert bucket_name(("63.mode!64", "real", "rip")) != bucket_name(("63.mode64", "real", "rip"))
+    assert Bucket("f6/1", "real", "gpr", "alone").name == "f6_1-real-gpr"
+    assert Bucket("f6/1", "real", "gpr", "split").name == "f6_1-real-gpr-split"
+    assert "/" not in Bucket("../../x", "../y", "gpr", "alone").name
+    assert len(Bucket("x" * 5000, "real", "gpr", "alone").name) < 100
+    assert Bucket("é", "real", "gpr", "alone").name != Bucket("è", "real", "gpr", "alone").name
+
+
+def test_bucket_names_of_all_leaves_differ():
+    assert len({Bucket(leaf, "real", "gpr", "alone").name for leaf in LEAVES}) == len(LEAVES)
 
 
 def test_versions_name_what_ran():
@@ -230,4 +211,5 @@ def test_outcome_of_a_refusal_is_skipped_by_its_reason():
 
     result = CampaignLoop(Refuses(), Twin()).run_batch(0, generate_batch(1, 0, 300))
     assert result.skipped == {"subject-unhandleable: because": 300}
-    assert sum(result.coverage.values()) == 300
+    assert sum(tally.cases for tally in result.cells.values()) == 300
+    assert {outcome for _, _, _, outcome, _ in result.cells} == {"unhandleable"}

@@ -1,0 +1,2 @@
+#!/bin/bash -eu
+"$SRC/emufuzz/fuzz/build.sh"

@@ -1,0 +1,1 @@
+"""Guided generation: what cases reached decides what later ones are made from (docs/guidance.md)."""

@@ -1,0 +1,1 @@
+"""Exit handlers against the emulator: the same instruction through both, and why they differ."""

@@ -1,0 +1,1 @@
+"""Generation of cases that enter KVM through a VM exit, and what became of them."""

@@ -1,0 +1,1 @@
+"""Worker processes: the same body whatever started them, here or on other machines."""
