@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from emufuzz.cli.errors import InputError
 from emufuzz.cli.lines import LineReader
 
 STDIN: Final = "-"
+CAMPAIGN_FILE: Final = "campaign.sqlite"
+CAMPAIGN_FINDINGS: Final = "findings"
+_SUFFIXES: Final = (".json", ".jsonl")
 _TOO_LONG: Final = f"longer than {MAX_DOCUMENT >> 20} MiB"
 
 
@@ -22,6 +26,47 @@ class Document(NamedTuple):
 
     where: str
     value: dict[str, Any]
+
+
+def files_of(path: Path) -> Iterator[Path]:
+    """The files that a path stands for: itself; of a campaign its findings; else all .json and .jsonl below.
+
+    Only one directory's names are in memory at a time. Links to directories are not followed.
+
+    Raises:
+        OSError: A directory cannot be read.
+        InputError: It has no such file.
+    """
+    if str(path) == STDIN or not path.is_dir():
+        yield path
+        return
+    top = path / CAMPAIGN_FINDINGS if (path / CAMPAIGN_FILE).is_file() else path
+    empty = True
+    for found in _below(top):
+        empty = False
+        yield found
+    if empty and top is path:
+        raise InputError(str(path), "a directory without .json and .jsonl files")
+
+
+def _below(top: Path) -> Iterator[Path]:
+    """Files of cases below a directory, in the order of their names."""
+    names, directories = [], set()
+    with os.scandir(top) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                directories.add(entry.name)
+            elif not entry.name.endswith(_SUFFIXES):
+                continue
+            names.append(entry.name)
+    names.sort()
+    for name in names:
+        if name in directories:
+            yield from _below(top / name)
+        else:
+            yield top / name
 
 
 def read_documents(path: Path) -> Iterator[Document]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from emufuzz.case.errors import CaseError, UnsupportedCaseError
@@ -44,3 +47,38 @@ def exit_code(exc: BaseException) -> int | None:
     if isinstance(exc, InputError | CaseError | UnsupportedCaseError | OSError):
         return EXIT_BAD_INPUT
     return None
+
+
+@contextmanager
+def at(where: str) -> Iterator[None]:
+    """Have the expected errors name the place of what is being read or run.
+
+    Raises:
+        InputError: Something is wrong with it; one that comes from inside names its place already.
+        OracleUnavailableError: An oracle cannot work here.
+    """
+    from emufuzz.oracle.base import OracleUnavailableError
+
+    try:
+        yield
+    except (InputError, BrokenPipeError):
+        raise
+    except OracleUnavailableError as error:
+        raise OracleUnavailableError(f"{where}: {error}") from error
+    except (CaseError, UnsupportedCaseError, OSError) as error:
+        raise InputError(where, one_line(error)) from error
+
+
+@contextmanager
+def reported(failed: Callable[[int], None]) -> Iterator[None]:
+    """Say an expected error in one line, hand its exit code to `failed`, and go on with what follows."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        print(f"emufuzz: {one_line(error)}", file=sys.stderr)
+        failed(code)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from enum import StrEnum
-from typing import Annotated, BinaryIO, Protocol
+from typing import Annotated, BinaryIO, Final, Protocol
 
 import typer
 
@@ -15,17 +14,14 @@ from emufuzz.case.errors import CaseError, UnsupportedCaseError
 from emufuzz.case.fields import MAX_DOCUMENT
 from emufuzz.case.json import case_from_json, outcome_to_json
 from emufuzz.case.model import Case, Outcome
-from emufuzz.cli.errors import EXIT_BAD_INPUT, EXIT_OK, one_line
+from emufuzz.cli.errors import EXIT_BAD_INPUT, EXIT_OK, InputError, one_line
 from emufuzz.cli.lines import Line, LineReader, RawStream
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-class EngineName(StrEnum):
-    """What runs the cases."""
-
-    EMULATOR = "emulator"
-    UNICORN = "unicorn"
+#: Subjects among the engines; all others are oracles.
+SUBJECT_ENGINES: Final = ("emulator", "kvm")
 
 
 class Engine(Protocol):
@@ -40,30 +36,45 @@ class Engine(Protocol):
 
 @app.command("exec")
 def exec_cases(
-    engine: Annotated[EngineName, typer.Option(help="What runs the cases.")],
+    engine: Annotated[
+        str, typer.Option(help="What runs the cases: emulator, kvm, or an oracle, cmd:PROGRAM among them.")
+    ],
     events: Annotated[bool, typer.Option("--events", help="Also list the emulator's callbacks.")] = False,
 ) -> int:
     """Run cases read from stdin (JSON lines) and write their outcomes to stdout, in the same order.
 
     A line that is no case, or one this engine cannot take, is answered by {"line":N,"error":"..."} in
     its place; the exit code is then 2. Blank lines are skipped. As in the recorded vectors, events leave
-    out the first fetch where it is the only one and nothing was raised.
+    out the first fetch where it is the only one and nothing was raised. The engine kvm takes cases with a
+    path and logs no callbacks.
     """
+    if events and engine == "kvm":
+        raise InputError(
+            "--events", "the engine kvm logs no callbacks; emufuzz repro --trace shows its trace"
+        )
     if sys.stdin is None:
         return EXIT_OK
     executor = Executor(open_engine(engine, events=events), events=events)
     return executor.pump(sys.stdin.buffer, sys.stdout.buffer)  # type: ignore[arg-type] # a BufferedReader has read1
 
 
-def open_engine(name: EngineName, *, events: bool) -> Engine:
-    """The engine of that name; OracleUnavailableError if it cannot work here."""
-    if name is EngineName.EMULATOR:
+def open_engine(name: str, *, events: bool) -> Engine:
+    """The engine of that name; OracleUnavailableError if it cannot work here, InputError if there is none."""
+    if name == "emulator":
         from emufuzz.subject.flat import FlatSubject
 
         return FlatSubject(events=events)
-    from emufuzz.oracle.unicorn import UnicornOracle
+    if name == "kvm":
+        from emufuzz.subject.kvm import KvmSubject
 
-    return UnicornOracle()
+        return KvmSubject()
+    from emufuzz.oracle.registry import UnknownOracleError, open_oracle
+
+    try:
+        return open_oracle(name)
+    except UnknownOracleError as error:
+        known = " or ".join(SUBJECT_ENGINES)
+        raise InputError("--engine", f"{error}; or {known}") from error
 
 
 class Executor:

@@ -28,7 +28,22 @@ from emufuzz.cli.errors import (
     one_line,
 )
 
-COMMANDS: Final = ("fuzz", "repro", "exec", "vectors", "schema", "bench")
+COMMANDS: Final = (
+    "fuzz",
+    "status",
+    "coverage",
+    "repro",
+    "shrink",
+    "findings",
+    "corpus",
+    "exec",
+    "vectors",
+    "schema",
+    "bench",
+    "handlers",
+    "oracles",
+    "vouch",
+)
 
 #: What typer raises for a wrong command line (ClickException; its module differs between versions).
 UsageError: Final[Any] = typer.BadParameter.__mro__[2]

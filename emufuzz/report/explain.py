@@ -17,7 +17,8 @@ class Opinion(NamedTuple):
     """What one oracle says about a case.
 
     `differences` names the fields in which it contradicts the subject; `notes` are sentences about
-    what it does not vouch for. An opinion that does not `count` is shown but decides nothing.
+    what it does not vouch for. An opinion that does not `count` is shown but decides nothing. It is not
+    `compared` where the subject refused the case.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Opinion(NamedTuple):
     differences: tuple[str, ...]
     notes: tuple[str, ...] = ()
     counts: bool = True
+    compared: bool = True
 
 
 def explain(case: Case, name: str, outcome: Outcome, opinions: Sequence[Opinion], width: int) -> list[str]:
@@ -75,6 +77,8 @@ def _title(case: Case, outcome: Outcome) -> str:
 
 def _verdict(name: str, opinion: Opinion) -> str:
     aside = "" if opinion.counts else " (for information; it does not decide)"
+    if not opinion.compared:
+        return f"{opinion.name} was not compared with {name}{aside}."
     if not opinion.differences:
         return f"{opinion.name} agrees with {name}{aside}."
     return f"{opinion.name} contradicts {name} on {', '.join(opinion.differences)}{aside}."

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
 from emufuzz.arch.regs import GPR_NAMES, SREG_NAMES
 from emufuzz.case.model import DEFAULT_FPU, Case, Segment, System
@@ -44,7 +44,58 @@ def _groups(case: Case) -> Iterator[tuple[str, list[str]]]:
     yield "msr", [f"{index:#x}={value:#x}" for index, value in case.system.msr]
     yield "fpu", _fpu(case.system)
     yield "memory", [_entry(addr, data) for addr, data in case.mem.entries]
+    yield "phys", [_entry(_number(e["addr"]), bytes.fromhex(e.get("data", ""))) for e in _extra(case, "phys")]
+    yield "devices", [_device(device) for device in _extra(case, "devices")]
+    yield "kvm", _kvm((case.extra or {}).get("kvm", {}))
+    yield "script", [_text(call) for call in _extra(case, "callbacks")]
     yield "other", _other(case)
+
+
+def _extra(case: Case, name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = (case.extra or {}).get(name, [])
+    return found
+
+
+def _number(value: int | str) -> int:
+    return int(value, 0) if isinstance(value, str) else value
+
+
+def _device(device: Mapping[str, Any]) -> str:
+    start = f"port {device['port']:#x}" if "port" in device else f"{_number(device['addr']):#x}"
+    reads = bytes.fromhex(device.get("reads", ""))
+    words = [f"{start}+{device['size']:#x}", device.get("behaviour", "stream")]
+    return " ".join(words + ([f"reads={_head(reads)}"] if reads else []))
+
+
+def _kvm(kvm: Mapping[str, Any]) -> list[str]:
+    """The machine around the emulator: members of members by themselves, slots as address+size."""
+    words = []
+    for name, value in kvm.items():
+        if name == "memslots":
+            words += [_slot(slot) for slot in value]
+        elif isinstance(value, Mapping):
+            words += [f"{name}.{_text(member)}={_text(inner)}" for member, inner in value.items()] or [name]
+        else:
+            words.append(f"{name}={_text(value)}")
+    return words
+
+
+def _slot(slot: Mapping[str, Any]) -> str:
+    """1 = log dirty pages, 2 = read-only."""
+    flags = _number(slot.get("flags", 0))
+    names = [name for bit, name in ((1, "log"), (2, "ro")) if flags & bit]
+    return " ".join([f"slot {_number(slot['base']):#x}+{_number(slot['size']):#x}", *names])
+
+
+def _text(value: Any) -> str:
+    """A member of a document, without quotation marks; numbers above 9 in hexadecimal."""
+    if isinstance(value, Mapping):
+        return "{" + " ".join(f"{_text(name)}={_text(member)}" for name, member in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + " ".join(map(_text, value)) + "]"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:#x}" if value > 9 else str(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _segment(segment: Segment) -> list[str]:
@@ -84,10 +135,12 @@ def _fpu(system: System) -> list[str]:
 def _entry(addr: int, data: bytes) -> str:
     """One memory entry: its address, then its first bytes or, for a page of zeros, nothing."""
     body = data.rstrip(b"\0")
-    if not body:
-        return f"[{addr:#x}]"
-    more = "..." if len(body) > SHOWN_BYTES else ""
-    return f"[{addr:#x}]={body[:SHOWN_BYTES].hex()}{more}"
+    return f"[{addr:#x}]={_head(body)}" if body else f"[{addr:#x}]"
+
+
+def _head(data: bytes) -> str:
+    """The first bytes, with a mark if there are more."""
+    return data[:SHOWN_BYTES].hex() + ("..." if len(data) > SHOWN_BYTES else "")
 
 
 def _other(case: Case) -> list[str]:

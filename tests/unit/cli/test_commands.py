@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,18 +17,6 @@ CS = '{"cs":{"limit":"0xffff","type":11,"s":1,"p":1}}'
 NOP = f'{{"id":"nop","mode":"real","code":"90","rflags":"0x2","seg":{CS}}}'
 
 Run = Callable[..., subprocess.CompletedProcess[bytes]]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def call(*args: str | Path, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-        command = [*EMUFUZZ, *map(str, args)]
-        return subprocess.run(command, cwd=tmp_path, input=data, capture_output=True, timeout=60, check=False)
-
-    return call
 
 
 def one_line(done: subprocess.CompletedProcess[bytes], code: int = 2) -> str:
@@ -70,7 +57,7 @@ def test_repro_says_in_one_line_what_is_wrong(run: Run, tmp_path: Path, content:
 
 def test_repro_names_missing_files_and_directories(run: Run, tmp_path: Path) -> None:
     assert "gone.json: no such file" in one_line(run("repro", "gone.json"))
-    assert "is a directory" in one_line(run("repro", tmp_path))
+    assert "a directory without .json and .jsonl files" in one_line(run("repro", tmp_path))
 
 
 def test_a_line_of_100_mb_is_refused(run: Run, tmp_path: Path) -> None:
@@ -79,9 +66,7 @@ def test_a_line_of_100_mb_is_refused(run: Run, tmp_path: Path) -> None:
 
 
 def test_repro_explains_a_known_quirk(run: Run) -> None:
-    start = time.monotonic()
     done = run("repro", EXAMPLE)
-    assert time.monotonic() - start < 5  # a bound for busy machines; idle ones need half a second
     text = done.stdout.decode()
     assert done.returncode == 0, done.stderr
     assert "tzcnt eax, ebx" in text
@@ -105,12 +90,38 @@ def test_repro_of_findings_tells_same_gone_and_different(run: Run, tmp_path: Pat
     assert run("fuzz", "--cases", "4096", "--seed-bug", seed_bug(run), "--out", "c").returncode == 1
     path = min((tmp_path / "c" / "findings").iterdir())
     finding = json.loads(path.read_text())
-    assert run("repro", path).returncode == 0  # the handler is not broken in this process
+    done = run("repro", path)
+    assert done.returncode == 1  # the bug is seeded again
+    assert b"the same disagreement as recorded" in done.stdout
+    versions = {name: value for name, value in finding["versions"].items() if name != "seed_bug"}
+    (tmp_path / "right.json").write_text(json.dumps({**finding, "versions": versions}))
+    assert run("repro", "right.json").returncode == 0
     case = dict(json.loads(EXAMPLE.read_text()))
     (tmp_path / "gone.json").write_text(json.dumps({**finding, "case": case}))
     done = run("repro", "gone.json")
     assert done.returncode == 0
     assert b"no longer a finding" in done.stdout
+
+
+def test_repro_of_directories_in_one_line_each(run: Run, tmp_path: Path) -> None:
+    begin = ("fuzz", "--cases", "4096", "--oracles", "unicorn", "--seed-bug", seed_bug(run), "--out", "c")
+    assert run(*begin).returncode == 1
+    files = sorted(path.name for path in (tmp_path / "c" / "findings").iterdir())
+    done = run("repro", "--brief", "c")
+    assert done.returncode == 1
+    lines = done.stdout.decode().splitlines()
+    same = "the same disagreement as recorded"
+    assert lines == [*(f"c/findings/{name}: {same}" for name in files), f"{len(files)} in disagreement"]
+    (tmp_path / "more" / "below").mkdir(parents=True)
+    (tmp_path / "more" / "bad.json").write_text("{")
+    (tmp_path / "more" / "below" / "good.json").write_text(EXAMPLE.read_text())
+    (tmp_path / "more" / "notes.txt").write_text("no case")
+    done = run("repro", "--brief", "more")
+    assert done.returncode == 2
+    assert done.stdout.decode().splitlines()[-1] == "1 without disagreement, 1 not readable"
+    assert len(done.stderr.splitlines()) == 1
+    (tmp_path / "empty").mkdir()
+    assert "without .json and .jsonl files" in one_line(run("repro", "empty"))
 
 
 def seed_bug(run: Run) -> str:
@@ -120,7 +131,14 @@ def seed_bug(run: Run) -> str:
 
 @pytest.mark.parametrize("engine", ["emulator", "unicorn"])
 def test_exec_answers_every_line_in_its_place(run: Run, engine: str) -> None:
-    lines = [NOP, "", "junk", '{"code":"90","path":"io"}', '{"code":"90","phys":[]}', NOP.replace("nop", "b")]
+    lines = [
+        NOP,
+        "",
+        "junk",
+        '{"code":"90","path":"io"}',
+        '{"code":"90","path":"task-switch"}',
+        NOP.replace("nop", "b"),
+    ]
     done = run("exec", "--engine", engine, data="\n".join(lines).encode())
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 2
@@ -128,7 +146,7 @@ def test_exec_answers_every_line_in_its_place(run: Run, engine: str) -> None:
     assert answers[0]["rip"] == "0x1"
     assert "events" not in answers[0]
     assert "path" in answers[2]["error"]
-    assert "phys" in answers[3]["error"]
+    assert "path" in answers[3]["error"]
 
 
 def test_exec_of_nothing_gives_nothing(run: Run) -> None:
@@ -180,7 +198,7 @@ def test_fuzz_says_in_one_line_what_is_wrong(
 
 def test_unknown_commands_engines_and_families(run: Run) -> None:
     assert "frob" in one_line(run("frob"))
-    assert "bochs" in one_line(run("exec", "--engine", "bochs"))
+    assert "frob" in one_line(run("exec", "--engine", "frob"))
     assert "nonsense" in one_line(run("vectors", "check", "--family", "nonsense"))
     assert "gone.zst" in one_line(run("vectors", "check", "gone.zst"))
 

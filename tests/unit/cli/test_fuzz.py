@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from emufuzz.fuzz.bugs import BUGS
+from emufuzz.fuzz.bugs import known_bugs
+from emufuzz.fuzz.store import StoreView
 
 ROOT = Path(__file__).parents[3]
 RUN = "import sys; from emufuzz.cli.main import run\nif __name__ == '__main__': sys.exit(run(sys.argv[1:]))"
@@ -82,54 +82,90 @@ def test_a_clean_campaign_exits_0_and_accounts_for_every_case(entry, tmp_path):
     assert done.returncode == 0, done.stdout
     assert "3,000 cases = " in done.stdout
     assert "no new findings" in done.stdout
-    summary = json.loads((tmp_path / "out" / "summary.json").read_bytes())
-    assert summary["cases"] == summary["agreed"] + sum(summary["skipped"].values()) == 3000
+    totals = StoreView(tmp_path / "out").totals()
+    assert totals.balanced
+    assert totals.cases == totals.agreed + totals.skipped_cases == 3000
     assert not list((tmp_path / "out" / "findings").iterdir())
 
 
-def test_findings_exit_1_are_explained_and_known_the_next_time(entry, tmp_path):
-    args = ("--cases", "6000", "--seed-bug", "adc-carry", "--out", tmp_path / "out")
-    first = fuzz(entry, *args)
-    assert first.returncode == 1
-    files = sorted((tmp_path / "out" / "findings").iterdir())
-    assert files
-    assert "emulator" in first.stdout
-    assert "oracle" in first.stdout
-    assert f"emufuzz repro {tmp_path / 'out' / 'findings'}" in first.stdout
-    saved = {path.name: path.read_bytes() for path in files}
-    again = fuzz(entry, *args)
-    assert again.returncode == 0
-    assert "known ones seen again" in again.stdout
-    assert {path.name: path.read_bytes() for path in files} == saved
+def test_findings_exit_1_and_are_explained(entry, tmp_path):
+    done = fuzz(entry, "--cases", "6000", "--seed-bug", "adc-carry", "--out", tmp_path / "out")
+    assert done.returncode == 1
+    assert list((tmp_path / "out" / "findings").iterdir())
+    assert "emulator" in done.stdout
+    assert "oracle" in done.stdout
+    assert f"emufuzz repro {tmp_path / 'out' / 'findings'}" in done.stdout
 
 
-def test_modes_restrict_the_campaign(entry, tmp_path):
-    done = fuzz(entry, "--cases", "2000", "--modes", "real, vm86", "--out", tmp_path / "out")
-    assert done.returncode == 0
-    marker = json.loads((tmp_path / "out" / "campaign.json").read_bytes())
-    assert marker["options"]["modes"] == ["real", "vm86"]
+def test_a_campaign_is_not_overwritten_but_resumed(entry, tmp_path):
+    out = tmp_path / "out"
+    begin = ("--cases", "3000", "--seed-bug", "adc-carry", "--modes", "real,prot64", "--out", out)
+    assert fuzz(entry, *begin).returncode == 1
+    files = {path.name: path.read_bytes() for path in (out / "findings").iterdir()}
+    again = fuzz(entry, *begin)
+    assert again.returncode == 2
+    assert again.stderr == f"emufuzz: --out: {out}: holds a campaign; --resume goes on with it\n"
+    over = fuzz(entry, "--resume", "--out", out)
+    assert over.returncode == 2
+    assert "all of its 3,000 cases are done; --cases N raises the budget" in over.stderr
+    assert fuzz(entry, "--resume", "--cases", "9000", "--out", out).returncode in {0, 1}
+    view = StoreView(out)
+    assert view.totals().cases == view.budget() == 9000
+    assert [run["state"] for run in view.runs()] == ["done", "done"]
+    assert {name: (out / "findings" / name).read_bytes() for name in files} == files
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--seed", "4"], "--seed: the campaign has 1, not 4"),
+        (["--modes", "real"], "--modes: the campaign has real,vm86, not real"),
+        (["--subject", "kvm"], "--subject: the campaign has emulator, not kvm"),
+        (["--seed-bug", "shr-of"], "--seed-bug: the campaign has none, not shr-of"),
+        (["--cases", "10"], "--cases: the campaign has 600 cases already"),
+    ],
+)
+def test_a_campaign_goes_on_as_what_it_is(small, entry, args, says):
+    done = fuzz(entry, "--resume", *args, "--out", small)
+    assert done.returncode == 2
+    assert done.stderr == f"emufuzz: {says}\n"
+
+
+@pytest.fixture(scope="module")
+def small(entry, tmp_path_factory):
+    """A campaign of 600 cases of two modes."""
+    out = tmp_path_factory.mktemp("small") / "out"
+    assert fuzz(entry, "--cases", "600", "--modes", "real, vm86", "--out", out).returncode == 0
+    return out
+
+
+def test_nothing_to_resume(entry, tmp_path):
+    done = fuzz(entry, "--resume", "--out", tmp_path / "gone")
+    assert done.returncode == 2
+    assert done.stderr == f"emufuzz: --out: {tmp_path / 'gone'}: no such directory\n"
+    assert not (tmp_path / "gone").exists()
 
 
 def test_seeded_bugs_are_listed(entry):
     done = fuzz(entry, "--seed-bug", "list")
     assert done.returncode == 0
-    assert [line.split()[0] for line in done.stdout.splitlines()] == list(BUGS)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == list(known_bugs())
 
 
 def test_a_directory_that_fails_later_ends_the_campaign_in_one_line(entry, tmp_path, monkeypatch):
-    """A full disk, played by a limit on the size of files that only findings exceed."""
-    monkeypatch.setenv("EMUFUZZ_TEST_FILE_SIZE", "600")
+    """A full disk, played by a limit on the size of files, which the campaign's file comes to."""
+    monkeypatch.setenv("EMUFUZZ_TEST_FILE_SIZE", "200000")
     entry.with_name("limited.py").write_text(
         "import os, resource, signal\n"
         "size = int(os.environ['EMUFUZZ_TEST_FILE_SIZE'])\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))\n" + RUN
     )
-    result = fuzz(
-        entry.with_name("limited.py"), "--cases", 20000, "--seed-bug", "adc-carry", "--out", tmp_path / "out"
-    )
+    begin = ("--cases", 20000, "--seed-bug", "adc-carry", "--oracles", "unicorn", "--out", tmp_path / "out")
+    result = fuzz(entry.with_name("limited.py"), *begin)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
-    assert "file too large" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert f"{tmp_path / 'out'}" in result.stderr
+    assert "the campaign stopped, what it had is kept" in result.stderr
+    assert StoreView(tmp_path / "out").totals().balanced
     assert [path.name for path in tmp_path.rglob("*.tmp")] == []

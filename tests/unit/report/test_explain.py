@@ -67,6 +67,36 @@ def test_state_shows_what_is_not_default_and_keeps_the_width() -> None:
     assert max(map(len, lines)) <= 60
 
 
+def test_state_shows_the_machine_around_the_emulator() -> None:
+    extra = {
+        "phys": [{"addr": "0x3000", "data": "ff"}],
+        "devices": [
+            {"kind": "mmio", "addr": "0x9000", "size": 64, "reads": "00" * 17},
+            {"kind": "pio", "port": 96, "size": 1, "behaviour": "float"},
+        ],
+        "kvm": {
+            "memslots": [{"base": "0x1000", "size": "0x2000", "flags": 3}, {"base": 0, "size": 4096}],
+            "knobs": {"ept": False, "host_maxphyaddr": 46},
+            "guest_mode": {"intercepts": ["io", "desc"], "exception_bitmap": "0x40"},
+            "lapic": {0x80: 0x20},
+            "ioeventfds": [{"addr": 4096, "port": True}],
+            "pending": {"vector": 13, "error_code": None},
+            "guest_debug": 3,
+        },
+        "callbacks": [{"op": "read_std", "result": "io_needed"}],
+    }
+    lines = state_lines(make_case(path="fep", extra=extra), 80)
+    words = {word for line in lines for word in line[8:].split("  ")}
+    assert words >= {
+        "[0x3000]=ff", f"0x9000+0x40 stream reads={'00' * 16}...", "port 0x60+0x1 float",
+        "slot 0x1000+0x2000 log ro", "slot 0x0+0x1000", "knobs.ept=false", "knobs.host_maxphyaddr=0x2e",
+        "guest_mode.intercepts=[io desc]", "guest_mode.exception_bitmap=0x40", "lapic.0x80=0x20",
+        "ioeventfds=[{addr=0x1000 port=true}]", "pending.vector=0xd", "pending.error_code=none",
+        "guest_debug=3", "{op=read_std result=io_needed}", "path=fep",
+    }  # fmt: skip
+    assert max(map(len, lines)) <= 80
+
+
 def test_disagreements_name_each_differing_field_once() -> None:
     case = make_case()
     one = make_outcome(case, rflags=0x46, pages=page(case, 12))
