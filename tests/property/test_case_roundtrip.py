@@ -23,13 +23,9 @@ from emufuzz.case.json import (
     outcome_to_json,
 )
 from emufuzz.case.model import Case, Fpu, Memory, Outcome, Segment, System, TableRegister, case_pages
+from emufuzz.case.paths import EXIT_PATH, PATHS
 from emufuzz.case.spec import Hex, Number, Text
-
-
-def bits(width):
-    """Integers of up to `width` bits, the ends more often than chance has it."""
-    return st.one_of(st.sampled_from([0, 1, (1 << width) - 1]), st.integers(0, (1 << width) - 1))
-
+from emufuzz.fuzz.strategies import words as bits
 
 u64, u32, u16 = bits(64), bits(32), bits(16)
 segments = st.builds(
@@ -57,6 +53,7 @@ names = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), m
 def cases(draw):
     system, rflags = draw(systems), draw(u64)
     cs = system.seg[1]
+    path = draw(st.none() | st.sampled_from(PATHS))
     return Case(
         id=draw(names),
         mode=mode_of(system.cr0, system.efer, rflags, cs.l, cs.db),
@@ -71,7 +68,8 @@ def cases(draw):
         vendor=draw(st.sampled_from(["intel", "amd"])),
         emul_type=draw(u32),
         single=draw(bits(1)),
-        path=draw(st.none() | st.sampled_from(["ept_violation", "io_instruction"])),
+        path=path,
+        extra={"kvm": {"exit_reason": draw(bits(16))}} if path == EXIT_PATH else None,
     )
 
 

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.mmu import make_mmu, shadow_access
+from support.mmu import load_pdptrs, make_mmu, shadow_access
 from support.page_tables import ALL, MODES, NX, P, U, W, paging_state
 
 from emufuzz.arch.cr import EFER_NX, X86_CR0_WP, X86_CR4_SMAP, X86_CR4_SMEP
 from emufuzz.kvm.memslots import GuestMemory
 from emufuzz.kvm.mmu.hardware import shadow_exit
 from emufuzz.kvm.mmu.pferr import PFERR_FETCH_MASK, PFERR_USER_MASK, PFERR_WRITE_MASK
-from emufuzz.kvm.mmu.walker import load_pdptrs, walk_addr_generic
+from emufuzz.kvm.mmu.walker import walk_addr_generic
 
 # Few frames and few indices, so that tables are shared, recursive and overwritten.
 FRAMES = range(0x10, 0x18)

@@ -36,7 +36,7 @@ def cases_until_found(loop, bug, budget, seed):
     with seeded_bug(bug):
         for number in range(-(-budget // BATCH)):
             result = loop.run_batch(number, generate_batch(seed, number, BATCH))
-            if any(leaf in broken for leaf, _, _ in result.bucket_cases):
+            if any(bucket.leaf in broken for bucket in result.bucket_cases):
                 return (number + 1) * BATCH
     return 0
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from emufuzz.emulator.ctxt import X86Exception
-from emufuzz.kvm.memslots import GuestMemory
+from emufuzz.kvm.memslots import GuestMemory, KvmMemslots
 from emufuzz.kvm.mmu.hardware import EXIT_REASON_EPT_MISCONFIG, ept_exit, shadow_exit
 from emufuzz.kvm.mmu.mmu import KvmMmu
 from emufuzz.kvm.mmu.page_fault import PageFaultResult, kvm_mmu_page_fault
+from emufuzz.kvm.mmu.paging import valid_pdptes
 from emufuzz.kvm.mmu.state import PlainPagingState
 from emufuzz.kvm.mmu.tdp import EPT_MISCONFIG_ERROR_CODE, ept_violation_error_code
 from emufuzz.kvm.options import KvmOptions
@@ -65,3 +66,9 @@ def shadow_access(mmu: KvmMmu, gva: int, access: int = 0) -> list[PageFaultResul
             break
         assert len(results) < 8, "the guest does not get on"
     return results
+
+
+def load_pdptrs(slots: KvmMemslots, cr3: int, maxphyaddr: int) -> tuple[int, ...] | None:
+    """What MOV to CR3 would cache, None if it would be #GP."""
+    data = slots.read_guest(cr3 & ~0x1F, 32)
+    return None if data is None else valid_pdptes(data, maxphyaddr)

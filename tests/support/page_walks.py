@@ -7,6 +7,8 @@ import struct
 from dataclasses import dataclass, field
 from typing import Any
 
+from support.mmu import load_pdptrs
+
 from emufuzz.arch.cr import (
     EFER_LMA,
     EFER_LME,
@@ -25,7 +27,7 @@ from emufuzz.case.build import build_case
 from emufuzz.kvm.memslots import GuestMemory
 from emufuzz.kvm.mmu.pferr import PFERR_FETCH_MASK, PFERR_USER_MASK, PFERR_WRITE_MASK
 from emufuzz.kvm.mmu.state import PlainPagingState
-from emufuzz.kvm.mmu.walker import load_pdptrs, walk_addr_generic
+from emufuzz.kvm.mmu.walker import walk_addr_generic
 from emufuzz.oracle.unicorn.engine import NO_VECTOR, UC_ERR_OK, Engine
 from emufuzz.oracle.unicorn.image import Template
 from emufuzz.oracle.unicorn.layout import probe

@@ -11,8 +11,8 @@ from emufuzz.arch.descriptors import DescStruct
 from emufuzz.arch.modes import MODES
 from emufuzz.case.build import DATA_BASE, GDT_BASE, LDT_BASE, STACK_TOP, build_memory, build_system, cpls_of
 from emufuzz.case.model import Case, Fpu, Memory, Segment, System, TableRegister
+from emufuzz.case.values import boundary
 from emufuzz.fuzz.forms import MOD_MEMORY, MOD_REGISTER, Form, forms
-from emufuzz.fuzz.values import boundary
 
 MASK64 = 0xFFFFFFFFFFFFFFFF
 PREFIXES = bytes((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))

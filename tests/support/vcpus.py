@@ -22,9 +22,9 @@ class Hooks(IsolatedHooks):
         self.delivered: list[tuple[int, int]] = []
         self.skips = 0
 
-    def read_guest(self, gpa: int, size: int) -> bytes | None:
+    def read_pdptes(self, gpa: int) -> bytes | None:
         data = self.memory.get(gpa)
-        return None if data is None else data[:size].ljust(size, b"\0")
+        return None if data is None else data[:32].ljust(32, b"\0")
 
     def emulate_int_real(self, irq: int, inc_eip: int) -> bool:
         self.delivered.append((irq, inc_eip))
