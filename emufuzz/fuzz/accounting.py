@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 
 from emufuzz.arch.leaves import LEAVES, leaf_rows
-from emufuzz.fuzz.cells import CRASH, HANG, Cell, Tallies, Tally, cpl_of
+from emufuzz.fuzz.cells import CRASH, HANG, Tallies, Tally, cpl_of
 from emufuzz.fuzz.finding import Bucket, Finding
 from emufuzz.fuzz.forms import forms
 from emufuzz.fuzz.guided.candidate import Candidate
@@ -87,21 +87,19 @@ class BatchResult(msgspec.Struct):
             tally.index, tally.code = finding.index, case.code
 
 
-class CellCount(Tally):
-    """What is counted of a cell in a whole campaign: `batch` is that of its first case, -1 if unknown."""
-
-    batch: int = -1
-
-
 @dataclass(slots=True)
 class Totals:
-    """The accounting: `cases` = `agreed` + all of `skipped` + all of `bucket_cases` = all of `cells`."""
+    """The accounting: `cases` = `agreed` + all of `skipped` + all of `bucket_cases` = `in_cells`.
+
+    Cells themselves are in the store: there are tens of thousands, and more in every hour, while a driver's
+    memory must not grow.
+    """
 
     cases: int = 0
     agreed: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     bucket_cases: dict[Bucket, int] = field(default_factory=dict)
-    cells: dict[Cell, CellCount] = field(default_factory=dict)
+    in_cells: int = 0
     results: dict[tuple[str, str], int] = field(default_factory=dict)
     verdicts: Judged = field(default_factory=dict)
     fields: Judged = field(default_factory=dict)
@@ -120,23 +118,18 @@ class Totals:
     @property
     def balanced(self) -> bool:
         """Whether every case is accounted for once."""
-        in_cells = sum(count.cases for count in self.cells.values())
-        return self.cases == self.compared + self.skipped_cases == in_cells
+        return self.cases == self.compared + self.skipped_cases == self.in_cells
 
     def covered(self) -> int:
         """(implemented leaf, mode) pairs that occurred."""
         return len(self._covered)
 
-    def add_cell(self, cell: Cell, count: CellCount) -> None:
-        """Add what was counted of a cell; of a known one the first place stays."""
-        known = self.cells.get(cell)
-        if known is None:
-            self.cells[cell] = count
-            if is_implemented(cell.leaf):
-                self._covered.add((cell.leaf, cell.mode))
-        else:
-            known.cases += count.cases
-            known.findings += count.findings
+    def add_cell(self, leaf: str, mode: str, cases: int) -> None:
+        """Count the cases of a cell, or of all cells of a leaf and a mode."""
+        self.in_cells += cases
+        pair = leaf, mode
+        if pair not in self._covered and is_implemented(leaf):
+            self._covered.add(pair)
 
     def merge(self, result: BatchResult) -> list[Finding]:
         """Add a batch; gives the findings of new buckets, in the order of their cases."""
@@ -145,9 +138,8 @@ class Totals:
         self.agreed += result.agreed
         add_counts(self.skipped, result.skipped)
         add_counts(self.bucket_cases, result.bucket_cases)
-        for key, tally in result.cells.items():
-            place = tally.index, tally.code, result.number
-            self.add_cell(Cell(*key), CellCount(tally.cases, tally.findings, *place))
+        for (leaf, mode, *_), tally in result.cells.items():
+            self.add_cell(leaf, mode, tally.cases)
         add_counts(self.results, result.results)
         add_counts(self.verdicts, result.verdicts)
         add_counts(self.fields, result.fields)

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any, Final
 
 from emufuzz.case.model import Case
-from emufuzz.fuzz.accounting import BatchResult, Totals
+from emufuzz.fuzz.accounting import BatchResult
 from emufuzz.fuzz.engines import make_subject
 from emufuzz.fuzz.generate import Options, generate_batch
 from emufuzz.fuzz.guided.epochs import epoch_of
@@ -164,7 +164,6 @@ class _Guided:
     def __init__(self, loop: CampaignLoop, seed: int, options: Options) -> None:
         self._loop = loop
         self._guide = Guide(seed, options)
-        self._totals = Totals()
 
     def measure(self, number: int, result: BenchResult) -> None:
         """Time a batch with its feedback, and what it takes without; then merge it as the driver does."""
@@ -178,8 +177,7 @@ class _Guided:
         feeding = _timed(lambda: batch.candidates.extend(candidates(subject, cases, batch, known)))
         result.add("unfed", generating + running, BATCH)
         result.add("guided", generating + running + feeding, BATCH)
-        self._totals.merge(batch)
-        self._guide.merge(batch, self._totals, whole=True)
+        self._guide.merge(batch, whole=True)
 
 
 def _timed(run: Callable[[], object]) -> float:

@@ -77,7 +77,7 @@ class Campaign:
         #: Called with whatever a worker says, after it has been dealt with.
         self.on_said: Callable[[Done | Failure], None] = lambda _: None
         start = (0, 0) if store is None else store.progress()
-        self._guide = _guide(setup, store, self.totals)
+        self._guide = _guide(setup, store)
         window = None if self._guide is None else epochs.allowed
         self._schedule = Schedule(start, limits.cases, pool.size, window)
         self._to_shrink = self._unshrunk()
@@ -211,7 +211,7 @@ class Campaign:
         growth = None
         if self._guide is not None:
             whole = merged.first + merged.cases == BATCH_SIZE
-            growth = self._guide.merge(result, self.totals, whole=whole)
+            growth = self._guide.merge(result, whole=whole)
         if self._store is not None:
             self._store.merge(result, merged.first, merged.cases, fresh, self.elapsed, growth)
         self.new.extend(fresh)
@@ -229,11 +229,13 @@ class Campaign:
         self._store.grow(totals.cases, seconds, totals.covered(), len(totals.bucket_cases))
 
 
-def _guide(setup: Setup, store: Store | None, totals: Totals) -> Guide | None:
+def _guide(setup: Setup, store: Store | None) -> Guide | None:
     """The corpus of a guided campaign, with what its file has."""
     if not setup.guided:
         return None
-    return Guide(setup.seed, setup.options, None if store is None else corpus_of(store), totals.cells)
+    if store is None:
+        return Guide(setup.seed, setup.options)
+    return Guide(setup.seed, setup.options, corpus_of(store), store.cells())
 
 
 def _last(text: str) -> str:

@@ -62,6 +62,12 @@ class Tally(msgspec.Struct, gc=False):
     code: bytes = b""
 
 
+class CellCount(Tally):
+    """What is counted of a cell in a whole campaign: `batch` is that of its first case, -1 if unknown."""
+
+    batch: int = -1
+
+
 Tallies: TypeAlias = dict[CellKey, Tally]
 
 

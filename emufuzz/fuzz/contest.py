@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +23,7 @@ from emufuzz.emulator.tables import ONE_BYTE, THREE_BYTE, TWO_BYTE
 from emufuzz.fuzz.accounting import BatchResult, Totals, is_implemented
 from emufuzz.fuzz.bugs import BUGS, seeded_bug
 from emufuzz.fuzz.campaign import Campaign, Limits
+from emufuzz.fuzz.cells import CellKey
 from emufuzz.fuzz.config import ATHERIS, GUIDED, CampaignConfig, ConfigError
 from emufuzz.fuzz.guided.arcs import arcs_of
 from emufuzz.fuzz.guided.epochs import epoch_of
@@ -32,7 +34,7 @@ from emufuzz.fuzz.libfuzzer.corpus import read_cases
 from emufuzz.fuzz.libfuzzer.pool import FuzzerPool
 from emufuzz.fuzz.loop import CampaignLoop
 from emufuzz.fuzz.schedule import BATCH_SIZE
-from emufuzz.fuzz.tasks import Pool
+from emufuzz.fuzz.tasks import Done, Failure, Pool
 
 #: New cells per batch whose first cases are looked at afterwards.
 _LOOKED_AT: Final = 32
@@ -97,6 +99,7 @@ class _Run:
         self._loop = CampaignLoop(self._setup.make_subject(), self._setup.make_oracle())
         self._guide = Guide(config.seed, self._setup.options)
         self._totals = Totals()
+        self._cells: set[CellKey] = set()
         self._known: set[int] = set()
         self._arcs: set[int] = set()
 
@@ -109,7 +112,7 @@ class _Run:
             number += 1
         score = Score(config.generator, config.subject, config.seed, round(spent, 2))
         score.arcs = len(self._arcs | {feature for feature in self._known if feature < _ARCS})
-        count_totals(score, self._totals)
+        count_totals(score, self._totals, self._cells)
         self._loop.oracle.close()
         return score
 
@@ -126,8 +129,9 @@ class _Run:
         self._look(cases, result)
         start = time.process_time()
         self._totals.merge(result)
+        self._cells.update(result.cells)
         if fed:
-            self._guide.merge(result, self._totals, whole=True)
+            self._guide.merge(result, whole=True)
         return spent + time.process_time() - start
 
     def _cases(self, number: int) -> list[Case]:
@@ -139,15 +143,15 @@ class _Run:
         """Arcs, as a campaign that only wants to know them would find them; nobody pays for that."""
         found = candidates(self._loop.subject, cases, result, frozenset(self._known))
         self._known.update(feature for one in found for feature in one.features)
-        new = [tally.index for cell, tally in result.cells.items() if cell not in self._totals.cells]
+        new = [tally.index for cell, tally in result.cells.items() if cell not in self._cells]
         for index in new[:: max(1, len(new) // _LOOKED_AT)]:
             self._arcs |= arcs_of(self._loop.subject, cases[index])
 
 
-def count_totals(score: Score, totals: Totals) -> None:
-    """What a run's accounting says."""
+def count_totals(score: Score, totals: Totals, cells: Iterable[CellKey]) -> None:
+    """What a run's accounting says, and the cells that it was in."""
     score.cases, score.covered = totals.cases, totals.covered()
-    score.cells = sum(is_implemented(cell.leaf) for cell in totals.cells)
+    score.cells = sum(is_implemented(leaf) for leaf, *_ in cells)
     score.quirks = sum(reason.startswith(_QUIRK) for reason in totals.skipped)
     score.reasons, score.results = len(totals.skipped), len(totals.results)
     bugs = _bug_by_leaf()
@@ -157,10 +161,16 @@ def count_totals(score: Score, totals: Totals) -> None:
 
 def _libfuzzer(config: CampaignConfig, seconds: float) -> Score:
     """A campaign of one process of libFuzzer, in which nobody pays for importing and instrumenting."""
-    setup = config.setup()
+    setup, cells = config.setup(), set[CellKey]()
+
+    def note(said: Done | Failure) -> None:
+        if isinstance(said, Done) and isinstance(said.value, BatchResult):
+            cells.update(said.value.cells)
+
     with TemporaryDirectory(prefix="emufuzz-") as directory:
         pool = FuzzerPool(setup, 1, Path(directory))
         campaign = Campaign(setup, Limits(), pool)
+        campaign.on_said = note
         clock = _ChildClock(seconds)
         with suppress(KeyboardInterrupt):
             campaign.run(lambda running: clock.look(pool, running.totals.cases))
@@ -169,7 +179,7 @@ def _libfuzzer(config: CampaignConfig, seconds: float) -> Score:
     for case in cases:
         arcs |= arcs_of(subject, case)
     score = Score(config.generator, config.subject, config.seed, round(clock.spent, 2), arcs=len(arcs))
-    count_totals(score, campaign.totals)
+    count_totals(score, campaign.totals, cells)
     return score
 
 

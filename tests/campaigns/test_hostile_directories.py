@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from support.campaigns import finish, found, start, write_entry
 
-from emufuzz.fuzz.accounting import CellCount
-from emufuzz.fuzz.cells import UNKNOWN_CPL, Cell
+from emufuzz.fuzz.cells import UNKNOWN_CPL, Cell, CellCount
 from emufuzz.fuzz.config import CampaignConfig, ConfigError, config_of
 from emufuzz.fuzz.store import Store, StoreError, StoreView
 from emufuzz.fuzz.store.marker import StoreMarker
@@ -143,7 +142,7 @@ def test_an_older_file_is_brought_up_to_date(copy):
         StoreView(copy)
     store = Store(copy)
     assert store.totals().cases == 2500
-    assert store.totals().cells == {
+    assert store.cells() == {
         Cell("f6/1", "real", UNKNOWN_CPL, "", ""): CellCount(2400, batch=-1, index=-1),
         Cell("", "", UNKNOWN_CPL, "", ""): CellCount(100, batch=-1, index=-1),
     }

@@ -11,8 +11,8 @@ from typing import Final
 
 import msgspec
 
-from emufuzz.fuzz.accounting import BatchResult, CellCount, Totals
-from emufuzz.fuzz.cells import Cell, CellKey
+from emufuzz.fuzz.accounting import BatchResult
+from emufuzz.fuzz.cells import Cell, CellCount, CellKey
 from emufuzz.fuzz.generate import Options
 from emufuzz.fuzz.guided import epochs
 from emufuzz.fuzz.guided.candidate import Candidate
@@ -94,7 +94,9 @@ class Guide:
         self._seed = seed
         self._options = options
         self._corpus = kept or Kept()
-        self._cells = {cell_feature(tuple(cell)): count.batch for cell, count in (cells or {}).items()}
+        of_cells = {cell_feature(tuple(cell)): count for cell, count in (cells or {}).items()}
+        self._cells = {feature: count.batch for feature, count in of_cells.items()}
+        self._cases = {feature: count.cases for feature, count in of_cells.items()}
         self._snapshots: dict[int, Snapshot] = {}
 
     def __len__(self) -> int:
@@ -119,17 +121,19 @@ class Guide:
         snapshot = self.snapshot(epochs.epoch_of(number))
         return GuidedGenerator(self._seed, number, self._options, snapshot)
 
-    def merge(self, result: BatchResult, totals: Totals, *, whole: bool) -> Growth:
+    def merge(self, result: BatchResult, *, whole: bool) -> Growth:
         """Take what a batch found; with its last case (`whole`) an epoch may end."""
         growth = Growth(result.number, len(self))
-        for cell in result.cells:
-            self._cells.setdefault(cell_feature(cell), result.number)
+        for cell, tally in result.cells.items():
+            feature = cell_feature(cell)
+            self._cells.setdefault(feature, result.number)
+            self._cases[feature] = self._cases.get(feature, 0) + tally.cases
         for candidate in result.candidates:
             self._take(result.number, candidate, growth)
         following = result.number + 1
         epoch = epochs.epoch_of(following)
         if whole and epoch and following == epochs.first_batch(epoch):
-            growth.epoch, growth.energies = epoch + 1, self._energies(result.number, totals)
+            growth.epoch, growth.energies = epoch + 1, self._energies(result.number)
             self._corpus.energies[growth.epoch] = growth.energies
         return growth
 
@@ -154,22 +158,21 @@ class Guide:
             if name not in corpus.pieces:
                 corpus.pieces[name] = growth.pieces[name] = piece
 
-    def _energies(self, merged: int, totals: Totals) -> tuple[int, ...]:
+    def _energies(self, merged: int) -> tuple[int, ...]:
         """How often each case is picked after batch `merged`: the rarer what it has, the more often."""
         young = epochs.first_batch(max(0, epochs.epoch_of(merged) - _YOUNG))
-        return tuple([_energy(entry, totals, young=entry.batch >= young) for entry in self._corpus.entries])
+        return tuple([self._energy(entry, young=entry.batch >= young) for entry in self._corpus.entries])
 
+    def _energy(self, entry: Entry, *, young: bool) -> int:
+        """At least 1; the logarithm of how many cases the campaign had in its cell takes energy away.
 
-def _energy(entry: Entry, totals: Totals, *, young: bool) -> int:
-    """At least 1; the logarithm of how many cases the campaign had in its cell takes energy away.
-
-    That its verdict was new counts while the case is young: later it is one of many.
-    """
-    energy = 1 + _ARC * min(entry.arcs, _MOST_ARCS) + _JUDGED * (entry.judged and young)
-    if entry.cell is not None:
-        count = totals.cells.get(Cell(*entry.cell))
-        energy += max(0, _RARE - (count.cases.bit_length() if count else 0))
-    return energy * (1 + young)
+        That its verdict was new counts while the case is young: later it is one of many.
+        """
+        energy = 1 + _ARC * min(entry.arcs, _MOST_ARCS) + _JUDGED * (entry.judged and young)
+        if entry.cell is not None:
+            cases = self._cases.get(cell_feature(entry.cell), 0)
+            energy += max(0, _RARE - cases.bit_length())
+        return energy * (1 + young)
 
 
 def snapshot_of(corpus: Kept, cells: Mapping[int, int], epoch: int) -> Snapshot:

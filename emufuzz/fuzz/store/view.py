@@ -10,8 +10,8 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from emufuzz.fuzz.accounting import CellCount, Totals
-from emufuzz.fuzz.cells import Cell
+from emufuzz.fuzz.accounting import Totals
+from emufuzz.fuzz.cells import Cell, CellCount
 from emufuzz.fuzz.config import CampaignConfig, ConfigError, config_of
 from emufuzz.fuzz.finding import Bucket
 from emufuzz.fuzz.store import schema
@@ -25,6 +25,7 @@ SIDE_FILES: Final = ("-wal", "-shm", "-journal")
 #: Seconds to wait for another process's transaction.
 _BUSY: Final = 10.0
 _SEPARATOR: Final = "\t"
+_PAIRS: Final = "SELECT leaf, mode, sum(cases) FROM cells GROUP BY leaf, mode"
 _CELLS: Final = "SELECT leaf, mode, cpl, outcome, path, cases, findings, batch, idx, code FROM cells"
 
 
@@ -174,13 +175,20 @@ class StoreView:
             elif kind in ("verdicts", "fields"):
                 oracle, leaf, why = (*key.split(_SEPARATOR, 2), "", "")[:3]
                 getattr(totals, kind)[oracle, leaf, why] = n
-        for *cell, cases_in, findings, batch, index, code in self.rows(_CELLS):
-            totals.add_cell(Cell(*cell), CellCount(cases_in, findings, index, code, batch))
+        for leaf, mode, n in self.rows(_PAIRS):
+            totals.add_cell(leaf, mode, n)
         for *bucket, n in self.rows("SELECT leaf, place, kind, verdict, cases FROM findings"):
             totals.bucket_cases[Bucket(*bucket)] = n
         if not totals.balanced:
             raise StoreError(f"{self.file}: damaged: its counts do not add up to {cases} cases")
         return totals
+
+    def cells(self) -> dict[Cell, CellCount]:
+        """What is counted of each cell that occurred."""
+        return {
+            Cell(*cell): CellCount(cases, findings, index, code, batch)
+            for *cell, cases, findings, batch, index, code in self.rows(_CELLS)
+        }
 
     def progress(self) -> tuple[int, int]:
         """(batch, place in it) of the first case that was not merged."""

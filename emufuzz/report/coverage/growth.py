@@ -6,12 +6,13 @@ stand apart in every report.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Final, NamedTuple, TypeAlias
 
 import msgspec
 
-from emufuzz.fuzz.accounting import Totals, is_implemented
+from emufuzz.fuzz.accounting import is_implemented
+from emufuzz.fuzz.cells import Cell, CellCount
 from emufuzz.fuzz.schedule import BATCH_SIZE
 from emufuzz.fuzz.store.view import Merge
 
@@ -20,6 +21,7 @@ _POINTS: Final = 120
 
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 Seconds: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1e10)]
+Cells: TypeAlias = Mapping[Cell, CellCount]
 #: The place of a case: its batch, and where it is in that.
 Place: TypeAlias = tuple[int, int]
 #: Behind all places.
@@ -48,8 +50,8 @@ class Moment(NamedTuple):
 class _Climb:
     """Counts what was reached before a place, for places that only rise."""
 
-    def __init__(self, totals: Totals, found: Sequence[Place]) -> None:
-        self._firsts = sorted(((c.batch, c.index), cell) for cell, c in totals.cells.items())
+    def __init__(self, cells: Cells, found: Sequence[Place]) -> None:
+        self._firsts = sorted(((c.batch, c.index), cell) for cell, c in cells.items())
         self._found = sorted(found)
         self._pairs: set[tuple[str, str]] = set()
         self._cells = self._findings = 0
@@ -66,32 +68,33 @@ class _Climb:
         return self._cells, len(self._pairs), self._findings
 
 
-def over_cases(totals: Totals, found: Sequence[Place]) -> Iterator[Point]:
+def over_cases(cases: int, cells: Cells, found: Sequence[Place]) -> Iterator[Point]:
     """Growth over the cases.
 
     Args:
-        totals: The accounting; cells of which nobody noted the first case count from the start.
+        cases: How many there are.
+        cells: What is counted of each cell; one of which nobody noted the first case counts from the start.
         found: Where the first case of each finding is.
     """
-    climb = _Climb(totals, found)
-    step = max(-(-totals.cases // _POINTS), 1)
-    for end in range(step, totals.cases, step):
+    climb = _Climb(cells, found)
+    step = max(-(-cases // _POINTS), 1)
+    for end in range(step, cases, step):
         yield Point(end, *climb.before(divmod(end, BATCH_SIZE)))
-    yield Point(totals.cases, *climb.before(_END))
+    yield Point(cases, *climb.before(_END))
 
 
 def over_time(
-    totals: Totals, found: Sequence[Place], merges: Sequence[Merge], seconds: float
+    cells: Cells, found: Sequence[Place], merges: Sequence[Merge], seconds: float
 ) -> Iterator[Moment]:
     """Growth over the time: how far the campaign was at the end of each of _POINTS equal parts of it.
 
     Args:
-        totals: As of `over_cases`.
+        cells: As of `over_cases`.
         found: As of `over_cases`.
         merges: When batches were merged, in their order; without them nothing is known.
         seconds: How long all runs took, which is the last moment.
     """
-    climb = _Climb(totals, found)
+    climb = _Climb(cells, found)
     moment = None
     for merge, now in _last_of_parts(merges, seconds):
         moment = Moment(round(now, 3), merge.total, *climb.before((merge.batch, merge.first + merge.cases)))

@@ -128,24 +128,22 @@ def coverage_of(view: StoreView) -> Coverage:
         StoreError: It is damaged.
     """
     with view.snapshot():
-        totals, config = view.totals(), view.config()
+        totals, cells, config = view.totals(), view.cells(), view.config()
         found = view.rows("SELECT batch, idx FROM findings")
         merges, seconds = view.elapsed(), view.seconds()
-    where = {cell: f"{c.batch}:{c.index}" if c.batch >= 0 else NOWHERE for cell, c in totals.cells.items()}
+    where = {cell: f"{c.batch}:{c.index}" if c.batch >= 0 else NOWHERE for cell, c in cells.items()}
     what = f"{config.subject} against {', '.join(config.oracles)}"
     bug = f", seeded bug {config.bug}" if config.bug else ""
     return Coverage(
         title=f"{what}, seed {config.seed}{bug}",
         modes=config.modes,
-        entries={
-            cell: Entry(c.cases, c.findings, where[cell], c.code) for cell, c in sorted(totals.cells.items())
-        },
+        entries={cell: Entry(c.cases, c.findings, where[cell], c.code) for cell, c in sorted(cells.items())},
         oracles=config.oracles,
         verdicts=dict(sorted(totals.verdicts.items())),
         fields=dict(sorted(totals.fields.items())),
         buckets=len(totals.bucket_cases),
-        growth=list(over_cases(totals, found)),
-        elapsed=list(over_time(totals, found, merges, seconds)),
+        growth=list(over_cases(totals.cases, cells, found)),
+        elapsed=list(over_time(cells, found, merges, seconds)),
         campaign=True,
     )
 

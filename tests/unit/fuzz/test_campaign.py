@@ -89,7 +89,7 @@ def test_agreement_is_accounted_for():
 
 
 def test_findings_do_not_depend_on_the_number_of_workers(tmp_path):
-    files, totals = [], []
+    files, totals, cells = [], [], []
     for workers in (1, 2):
         store = new_store(tmp_path / str(workers))
         running = campaign(Liar, BATCH_SIZE * 3, store, workers=workers)
@@ -97,10 +97,13 @@ def test_findings_do_not_depend_on_the_number_of_workers(tmp_path):
         assert running.new
         files.append(exported(store))
         totals.append(store.totals())
+        cells.append(store.cells())
+        assert running.totals == totals[-1]
         store.close()
     assert files[0] == files[1]
     assert totals[0] == totals[1]
-    assert all((totals[0].cells, totals[0].verdicts, totals[0].fields))
+    assert cells[0] == cells[1]
+    assert all((cells[0], totals[0].verdicts, totals[0].fields))
 
 
 def test_a_bucket_keeps_its_lowest_case():
@@ -141,8 +144,9 @@ def test_a_campaign_in_parts_finds_what_it_finds_at_once(tmp_path, parts):
 
 
 @pytest.mark.parametrize(("oracle", "kind"), [(Raises, "crash"), (Dies, "crash"), (Hangs, "hang")])
-def test_a_broken_oracle_is_a_finding_and_the_campaign_goes_on(oracle, kind):
-    running = campaign(oracle, BATCH_SIZE * 3, watchdog=2.0)
+def test_a_broken_oracle_is_a_finding_and_the_campaign_goes_on(oracle, kind, tmp_path):
+    store = new_store(tmp_path / "out")
+    running = campaign(oracle, BATCH_SIZE * 3, store, watchdog=2.0)
     totals = running.run()
     assert totals.cases == BATCH_SIZE * 3
     assert totals.balanced
@@ -150,8 +154,9 @@ def test_a_broken_oracle_is_a_finding_and_the_campaign_goes_on(oracle, kind):
     assert finding.kind == kind
     assert finding.case.id == Broken.victim
     ((cell, count),) = (
-        (cell, count) for cell, count in totals.cells.items() if cell.outcome in (CRASH, HANG)
+        (cell, count) for cell, count in store.cells().items() if cell.outcome in (CRASH, HANG)
     )
+    store.close()
     assert cell[1:] == (finding.case.mode, cpl_of(finding.case), kind, "")
     assert (count.cases, count.findings, count.batch, count.index) == (1, 1, 1, 300)
 

@@ -75,7 +75,7 @@ def test_a_corpus_grows_and_is_used(untouched):
     assert sorted(kept.energies) == [2, 3]
     fresh = CampaignConfig(seed=9, modes=CONFIG.modes).setup()
     batch = epochs.first_batch(epochs.LAG)
-    guided = Guide(9, fresh.options, kept, view.totals().cells).generator(batch).cases(BATCH_SIZE)
+    guided = Guide(9, fresh.options, kept, view.cells()).generator(batch).cases(BATCH_SIZE)
     view.close()
     of_sequences = [case for case in guided if case.count > 1]
     assert of_sequences
@@ -100,7 +100,7 @@ def test_where_it_stops_changes_nothing(untouched, tmp_path):
 def test_a_case_of_any_place_can_be_made_again(untouched):
     view = StoreView(untouched)
     try:
-        for cell, count in list(view.totals().cells.items())[::50]:
+        for cell, count in list(view.cells().items())[::50]:
             case = example_case(view, count.batch, count.index)
             assert (case.mode, case.code) == (cell.mode, count.code)
     finally:

@@ -51,7 +51,7 @@ def test_a_merged_batch_is_all_there(store, out):
     totals = view.totals()
     assert (totals.cases, totals.agreed, totals.skipped, totals.balanced) == (15, 10, {"unicorn-x": 3}, True)
     assert totals.bucket_cases == {ONE.bucket: 1, TWO.bucket: 1}
-    assert [(*cell, count.cases) for cell, count in totals.cells.items()] == [
+    assert [(*cell, count.cases) for cell, count in view.cells().items()] == [
         ("11", "prot32", 0, "ok", "", 15)
     ]
     assert view.progress() == (0, 15)
