@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from emufuzz.cli.errors import EXIT_OK, InputError
+from emufuzz.cli.names import default_oracles
 
 if TYPE_CHECKING:
     from emufuzz.fuzz.config import CampaignConfig
@@ -56,7 +57,7 @@ def bench(
         return _contest(_names(generators), seeds_of, seconds, subject, bugs=bugs, as_json=as_json)
     from emufuzz.fuzz.bench import run_bench
 
-    result = run_bench(seed, QUICK_SECONDS if quick else FULL_SECONDS)
+    result = run_bench(seed, QUICK_SECONDS if quick else FULL_SECONDS, default_oracles()[1:])
     if as_json:
         print(json.dumps(result.to_json()))
     else:

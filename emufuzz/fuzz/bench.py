@@ -1,4 +1,4 @@
-"""What a case costs: raw Unicorn, the oracle, the emulator, whole campaigns, taking turns.
+"""What a case costs: raw Unicorn, the oracle, the emulator, whole campaigns and all oracles, taking turns.
 
 One register state per instruction, so that nothing hides the cost of translation. Each round
 takes new cases and times every part on them; the medians over the rounds are reported. Rounds
@@ -10,25 +10,31 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
 from statistics import median
 from typing import Any, Final
 
 from emufuzz.case.model import Case
 from emufuzz.fuzz.accounting import BatchResult
+from emufuzz.fuzz.collector import rare_collections
 from emufuzz.fuzz.engines import make_subject
 from emufuzz.fuzz.generate import Options, generate_batch
 from emufuzz.fuzz.guided.epochs import epoch_of
 from emufuzz.fuzz.guided.feedback import candidates
 from emufuzz.fuzz.guided.guide import Guide
 from emufuzz.fuzz.loop import CampaignLoop
+from emufuzz.oracle.base import Oracle
+from emufuzz.oracle.registry import open_oracle
 from emufuzz.oracle.unicorn import UnicornOracle
 from emufuzz.oracle.unicorn.prefixes import unicorn_must_not_run
+from emufuzz.subject.base import Subject
 
 BATCH: Final = 2048
 MIN_ROUNDS: Final = 5
 _RATIOS: Final = (
     ("oracle", "raw_emu_start"), ("emulator", "oracle"), ("campaign", "oracle"), ("guided", "unfed"),
-    ("guided", "campaign"),
+    ("guided", "campaign"), ("panel", "campaign"),
 )  # fmt: skip
 _WARM_UP: Final = 2  # rounds that fill caches and are not counted
 
@@ -39,8 +45,12 @@ class BenchResult:
     def __init__(self) -> None:
         self.rounds: dict[str, list[float]] = {
             name: []
-            for name in ("raw_emu_start", "oracle", "emulator", "generate", "campaign", "guided", "unfed")
-        }
+            for name in (
+                "raw_emu_start", "oracle", "emulator", "generate", "campaign", "panel", "guided", "unfed",
+            )
+        }  # fmt: skip
+        #: Oracles of the panel beside Unicorn.
+        self.others: tuple[str, ...] = ()
 
     def add(self, name: str, seconds: float, cases: int) -> None:
         """Note one measurement."""
@@ -59,14 +69,17 @@ class BenchResult:
         """Medians and ratios, as `emufuzz bench --json` prints them."""
         times = {f"{name}_us": round(value, 3) for name, value in self.medians().items()}
         ratios = {
-            "oracle_over_raw": round(self.ratio("oracle", "raw_emu_start"), 3),
-            "emulator_over_oracle": round(self.ratio("emulator", "oracle"), 3),
-            "campaign_over_oracle": round(self.ratio("campaign", "oracle"), 3),
-            "guided_over_unfed": round(self.ratio("guided", "unfed"), 3),
-            "guided_over_campaign": round(self.ratio("guided", "campaign"), 3),
+            f"{part}_over_{base.removesuffix('_emu_start')}": round(self.ratio(part, base), 3)
+            for part, base in _RATIOS
         }
-        rounds = len(self.rounds["oracle"])
-        return {**times, **ratios, "rounds": rounds, "cases_per_round": BATCH, "states_per_instruction": 1}
+        return {
+            **times,
+            **ratios,
+            "panel": list(self.others),
+            "rounds": len(self.rounds["oracle"]),
+            "cases_per_round": BATCH,
+            "states_per_instruction": 1,
+        }
 
     def lines(self) -> list[str]:
         """Medians and ratios for people."""
@@ -77,7 +90,8 @@ class BenchResult:
             "emulator": "the port of KVM's emulator",
             "generate": "generating a case",
             "campaign": "generate + emulator + oracle + compare",
-            "guided": "the same with a guided generator and its feedback",
+            "panel": f"the same with all oracles: {', '.join(self.others) or 'none'} beside Unicorn",
+            "guided": "campaign with a guided generator and its feedback",
             "unfed": "guided without looking for feedback",
         }
         lines = [f"{name:<14} {times[name]:8.2f} us/case  {text}" for name, text in what.items()]
@@ -89,32 +103,46 @@ class BenchResult:
         return lines
 
 
-def run_bench(seed: int, seconds: float) -> BenchResult:
+def run_bench(seed: int, seconds: float, others: Sequence[str] = ()) -> BenchResult:
     """Measure for about `seconds`, at least MIN_ROUNDS rounds.
 
+    Args:
+        seed: Seed of the generated cases.
+        seconds: How long.
+        others: The oracles that a panel has beside Unicorn.
+
     Raises:
-        OracleUnavailableError: Unicorn cannot work here.
+        OracleUnavailableError: An oracle cannot work here.
     """
-    oracle = UnicornOracle()
-    subject = make_subject()
-    loop = CampaignLoop(subject, oracle)
-    options = Options(states=1)
-    guided = _Guided(loop, seed, options)
+    with ExitStack() as stack:
+        oracle = stack.enter_context(closing(UnicornOracle()))
+        guided = stack.enter_context(closing(UnicornOracle()))  # its many states would fill the caches of one
+        panel = [stack.enter_context(closing(open_oracle(name))) for name in others]
+        stack.enter_context(rare_collections())
+        subject, options = make_subject(), Options(states=1)
+        whole = _Whole(subject, oracle, panel, seed, options)
+        return _rounds(subject, oracle, whole, _Guided(CampaignLoop(subject, guided), seed, options), seconds)
+
+
+def _rounds(
+    subject: Subject, oracle: UnicornOracle, whole: _Whole, guided: _Guided, seconds: float
+) -> BenchResult:
     result = BenchResult()
+    result.others = whole.others
     end = time.perf_counter() + seconds
     number = 0
     while number < _WARM_UP + MIN_ROUNDS or time.perf_counter() < end:
         measured = BenchResult() if number < _WARM_UP else result
-        batch = _fast_cases(oracle, generate_batch(seed, 2 * number, BATCH, options))
+        gc.collect()  # once: between the parts it would leave nothing in the processor's caches
+        batch = _fast_cases(oracle, whole.generated(2 * number))
         result_of = _parts(oracle, subject.run, batch)
         # The order of the parts rotates, so that none always profits from what the one before warmed.
         turn = number % len(result_of)
         for name, measure in [*result_of[turn:], *result_of[:turn]]:
             measured.add(name, measure(), len(batch))
-        _campaign(loop, seed, 2 * number + 1, options, measured)
+        whole.measure(2 * number + 1, measured)
         guided.measure(number, measured)
         number += 1
-    oracle.close()
     return result
 
 
@@ -149,13 +177,31 @@ def _cold_run(oracle: UnicornOracle, batch: Sequence[Case]) -> float:
     return _timed(lambda: oracle.run(batch))
 
 
-def _campaign(loop: CampaignLoop, seed: int, number: int, options: Options, result: BenchResult) -> None:
-    """A batch of its own, from generating it to comparing it: what a worker does per batch."""
-    batch: list[Case] = []
-    generating = _timed(lambda: batch.extend(generate_batch(seed, number, BATCH, options)))
-    running = _timed(lambda: loop.run_batch(number, batch))
-    result.add("generate", generating, BATCH)
-    result.add("campaign", generating + running, BATCH)
+class _Whole:
+    """Campaigns of one worker, with Unicorn alone and with a panel, batch by batch."""
+
+    def __init__(
+        self, subject: Subject, oracle: UnicornOracle, others: Sequence[Oracle], seed: int, options: Options
+    ) -> None:
+        self._oracle = oracle
+        self._campaign = CampaignLoop(subject, oracle)
+        self._panel = CampaignLoop(subject, oracle, others=others)
+        self.others = tuple(other.name for other in others)
+        self._seed = seed
+        self._options = options
+
+    def generated(self, number: int) -> list[Case]:
+        """The cases of a batch."""
+        return generate_batch(self._seed, number, BATCH, self._options)
+
+    def measure(self, number: int, result: BenchResult) -> None:
+        """Time a batch from generating it to comparing it: what a worker does per batch."""
+        batch: list[Case] = []
+        generating = _timed(lambda: batch.extend(self.generated(number)))
+        result.add("generate", generating, BATCH)
+        for name, loop in ("campaign", self._campaign), ("panel", self._panel):
+            self._oracle.forget_translations()
+            result.add(name, generating + _timed(partial(loop.run_batch, number, batch)), BATCH)
 
 
 class _Guided:
@@ -181,8 +227,7 @@ class _Guided:
 
 
 def _timed(run: Callable[[], object]) -> float:
-    """Seconds that `run` takes, the garbage of others not included."""
-    gc.collect()
+    """Seconds that `run` takes."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

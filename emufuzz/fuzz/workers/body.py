@@ -12,6 +12,7 @@ from typing import Any, Final
 from emufuzz.case.model import Case
 from emufuzz.fuzz.accounting import BatchResult
 from emufuzz.fuzz.bugs import seeded_bug
+from emufuzz.fuzz.collector import collect_rarely
 from emufuzz.fuzz.guided.epochs import LAG, epoch_of
 from emufuzz.fuzz.guided.feedback import candidates
 from emufuzz.fuzz.guided.generate import GuidedGenerator
@@ -63,6 +64,7 @@ def worker_main(connection: Connection, mark: Any, setup: Setup, driver: int) ->
     except OracleUnavailableError as error:
         connection.send(("unavailable", str(error)))
         return
+    collect_rarely()
     with seeded_bug(setup.bug):
         connection.send(("ready", running(loop.subject, loop.oracle, others)))
         _serve(connection, loop, setup, progress)

@@ -291,7 +291,7 @@ class Decoded:
         return self.mnemonic in _BIT_STRINGS and self.lax.op1_kind == OpKind.REGISTER
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=1024)
 def decoded(code: bytes, bits: int) -> Decoded:
     """The Decoded of at most 15 bytes; the same object for the same bytes."""
     return Decoded(code, bits)

@@ -23,8 +23,8 @@ from emufuzz.oracle.unicorn.image import HIDDEN_CR0, HIDDEN_CR4, cpl_of
 from emufuzz.oracle.unicorn.layout import Layout
 from emufuzz.oracle.unicorn.prefixes import split_prefixes
 
-#: Bytes without which an instruction is none of those that need a closer look before they run.
-may_be_special: Final = re.compile(rb"\xf0|\x0f[\x01\x20\x22\x23\x30\x32]").search
+#: Bytes without which an instruction has no `hidden_access`.
+_may_access: Final = re.compile(rb"\x0f[\x01\x20\x22\x23\x30\x32]").search
 
 MSR_EFER: Final = 0xC0000080
 _MASK32: Final = (1 << 32) - 1
@@ -69,6 +69,8 @@ def modrm_registers(case: Case) -> tuple[int, int]:
 
 def hidden_access(case: Case) -> HiddenAccess | None:
     """How the instruction of a case accesses such a register; None if it does not."""
+    if not _may_access(case.code):
+        return None
     prefixes, rest = split_prefixes(case.code, case.mode)
     opcode = rest[:2]
     if opcode in {b"\x0f\x30", b"\x0f\x32"}:

@@ -21,7 +21,7 @@ from emufuzz.oracle.unicorn.native import NativeRunner, uses_ports
 from emufuzz.oracle.unicorn.runner import UnicornRunner
 from emufuzz.oracle.unicorn.selftest import self_test
 from emufuzz.oracle.unicorn.several import RunStep, run_several, unchecked_steps
-from emufuzz.oracle.unicorn.short_movbe import is_short, run_as_move
+from emufuzz.oracle.unicorn.short_movbe import run_as_move
 
 #: DR7: breakpoints that are enabled, and general detection.
 _ENABLED: Final = 0xFF | 1 << 13
@@ -64,17 +64,19 @@ class UnicornOracle(UnicornRunner):
 
     def run(self, batch: Sequence[Case]) -> list[Outcome]:
         """Run the cases; the outcomes come in the same order."""
+        run, other = self._run, self._run_other
         return [
-            (self._run_one if is_short(case) else self._run)(case)
+            run(case)
             if case.extra is None and case.path is None and case.count == 1 and not case.port_in
-            else run_as_move(case, self._run_native)
-            if case.count == 1
-            else run_several(case, self._stepper(case))
+            else other(case)
             for case in batch
         ]
 
-    def _run_one(self, case: Case) -> Outcome:
-        return run_as_move(case, self._run)
+    def _run_other(self, case: Case) -> Outcome:
+        """A case that is more than one instruction on flat memory."""
+        if case.count != 1:
+            return run_several(case, self._stepper(case))
+        return run_as_move(case, self._run_native)
 
     def _stepper(self, case: Case) -> RunStep:
         """What runs the steps of a case: devices keep their state from one to the next."""
@@ -86,7 +88,7 @@ class UnicornOracle(UnicornRunner):
     def _run_step(self, step: Case, whole: Callable[[], Case]) -> Outcome:
         """One of several instructions; all of the memory is built only if it looks at its own page."""
         before = self.exact_runs
-        outcome = self._run_one(step)
+        outcome = self._run(step)
         if self.exact_runs != before:
             template = self._use_template(step.system, step.mode)
             outcome = run_as_move(whole(), lambda case: self._run_exact(case, template))

@@ -25,9 +25,14 @@ GAP_ABORT: Final = "unicorn-lock-bit-register"
 GAP_DEBUG_REGISTER: Final = "unicorn-breakpoints"
 
 
-_ABORTS: Final = re.compile(
-    rb"\xf0[\x26\x2e\x36\x3e\x64-\x67\xf0\xf2\xf3\x40-\x4f]*\x0f(?:[\xa3\xab\xb3\xbb][\xc0-\xff]|\xba[\xe0-\xff])"
-)
+_LOCKED: Final = rb"\xf0[\x26\x2e\x36\x3e\x64-\x67\xf0\xf2\xf3\x40-\x4f]*\x0f"
+_ABORTS: Final = re.compile(_LOCKED + rb"(?:[\xa3\xab\xb3\xbb][\xc0-\xff]|\xba[\xe0-\xff])")
+
+#: Bytes without which an instruction needs no closer look before it runs: LOCK BT and its kin, MOVBE, and
+#: what accesses control, debug and model-specific registers.
+may_be_special: Final = re.compile(
+    _LOCKED + rb"[\xa3\xab\xb3\xba\xbb]|\x0f(?:[\x01\x20\x22\x23\x30\x32]|\x38[\xf0\xf1])"
+).search
 
 
 @dataclass(frozen=True, slots=True)

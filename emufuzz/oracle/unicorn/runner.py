@@ -35,13 +35,14 @@ from emufuzz.arch.rflags import X86_EFLAGS_RF, X86_EFLAGS_TF, X86_EFLAGS_VM
 from emufuzz.case.model import PAGE_SHIFT, Case, Fault, Outcome, case_pages, code_address
 from emufuzz.oracle.unicorn.code import MAX_INSTRUCTION
 from emufuzz.oracle.unicorn.engine import NO_UNTIL, NO_VECTOR, UC_ERR_INSN_INVALID
-from emufuzz.oracle.unicorn.hidden import hidden_access, may_be_special, prepared, show
+from emufuzz.oracle.unicorn.hidden import hidden_access, prepared, show
 from emufuzz.oracle.unicorn.image import HF_INHIBIT_IRQ, Template, paging_differs, read_system
 from emufuzz.oracle.unicorn.machine import GPRS, REGISTERS, RIP_OFFSET, RIP_RFLAGS, UnicornMachine
 from emufuzz.oracle.unicorn.memory import EXECUTABLE_DATA_PAGE, AddressSpace, MemoryFullError
-from emufuzz.oracle.unicorn.prefixes import RepString, makes_shadow, rep_string
+from emufuzz.oracle.unicorn.prefixes import RepString, makes_shadow, may_be_special, rep_string
 from emufuzz.oracle.unicorn.refusals import GAP_DELIVERY, GAP_ENGINE_ERROR, GAP_WRAP, not_run, refused
 from emufuzz.oracle.unicorn.selftest import GAP_CODE_PAGE_WRITE
+from emufuzz.oracle.unicorn.short_movbe import as_move, is_short
 
 _HAS_ERROR_CODE: Final = frozenset(
     (DF_VECTOR, TS_VECTOR, NP_VECTOR, SS_VECTOR, GP_VECTOR, PF_VECTOR, AC_VECTOR)
@@ -53,6 +54,8 @@ _CR2: Final = struct.Struct("<Q")
 _NOT_PLAIN: Final = frozenset((NO_VECTOR, DB_VECTOR))
 #: An opcode byte without which the FPU and vector registers stay as they are.
 _MAY_TOUCH_FPU: Final = re.compile(rb"[\x0f\x9b\xd8-\xdf]").search
+#: A byte of any of what is looked for in code.
+_MARKED: Final = re.compile(rb"[\x0f\x9b\xd8-\xdf\xf0\xf2\xf3]").search
 _SHADOW_MOV_SS: Final = 1
 _SHADOW_STI: Final = 2
 _STI: Final = 0xFB
@@ -68,15 +71,16 @@ class UnicornRunner(UnicornMachine):
         here: one call of Unicorn takes hardly longer than all that Python does around it.
         """
         code = case.code
-        if may_be_special(code):
-            special = refused(case) or self._run_special(case)
+        bare = _MARKED(code) is None
+        if not bare and may_be_special(code):
+            special = self._run_special(case)
             if special is not None:
                 return special
         template = self._prepare(case)
         if template is None:
             return self._run_exact(case, self._use_template(case.system, case.mode))
         rep, masked, count = None, template.masked_flags, 1
-        if b"\xf3" in code or b"\xf2" in code:
+        if not bare and (b"\xf3" in code or b"\xf2" in code):
             rep = rep_string(code, case.mode, case.system.seg[VCPU_SREG_CS].db)
             if rep is not None:
                 if rep.comparing:
@@ -97,7 +101,9 @@ class UnicornRunner(UnicornMachine):
             outcome = self._plain_fault(case, error, rep) or self._finished(case, template, error, rep)
             self._forget_signals()
             return outcome
-        if self._control.raw != self._control_before or (_MAY_TOUCH_FPU(code) and self._fpu_changed()):
+        if self._control.raw != self._control_before or (
+            not bare and _MAY_TOUCH_FPU(code) and self._fpu_changed()
+        ):
             return self._completed(case, template, rep)
         next_rip, flags = RIP_RFLAGS.unpack_from(state, RIP_OFFSET)
         flags = flags & ~masked | case.rflags & masked & ~X86_EFLAGS_RF
@@ -113,6 +119,13 @@ class UnicornRunner(UnicornMachine):
         return outcome
 
     def _run_special(self, case: Case) -> Outcome | None:
+        """A case that Unicorn must not see as it is, or whose access lies elsewhere; None if neither."""
+        move = as_move(case) if is_short(case) else None
+        if move is not None:
+            return move.finished(case, self._run(move.case))
+        return refused(case) or self._run_hidden(case)
+
+    def _run_hidden(self, case: Case) -> Outcome | None:
         """A case that accesses what is behind the hidden page tables, or debug registers; None if not."""
         access = hidden_access(case)
         if access is None:

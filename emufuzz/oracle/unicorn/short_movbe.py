@@ -31,10 +31,19 @@ class Move(NamedTuple):
     size: int
     loads: bool
 
+    def finished(self, case: Case, outcome: Outcome) -> Outcome:
+        """The outcome of the case that it stands for, of which `outcome` is its own."""
+        if outcome.rip != judge_case(case).rip or not self.loads:
+            outcome.gpr = _turned(tuple(outcome.gpr), self.number, self.size)
+        return outcome
+
 
 def is_short(case: Case) -> bool:
     """At a glance: 16-bit code in which MOVBE may be."""
-    return b"\x0f\x38" in case.code and case.mode != "prot64" and not case.system.seg[VCPU_SREG_CS].db
+    code = case.code
+    if case.mode == "prot64" or (_MOVBE[0] not in code and _MOVBE[1] not in code):
+        return False
+    return not case.system.seg[VCPU_SREG_CS].db
 
 
 def as_move(case: Case) -> Move | None:
@@ -70,13 +79,7 @@ def as_move(case: Case) -> Move | None:
 def run_as_move(case: Case, run: Callable[[Case], Outcome]) -> Outcome:
     """The outcome of a case with MOVBE in 16-bit code, or that of any other case."""
     move = as_move(case) if is_short(case) else None
-    if move is None:
-        return run(case)
-    outcome = run(move.case)
-    ended = outcome.rip != judge_case(case).rip
-    if ended or not move.loads:
-        outcome.gpr = _turned(tuple(outcome.gpr), move.number, move.size)
-    return outcome
+    return run(case) if move is None else move.finished(case, run(move.case))
 
 
 def _turned(gpr: tuple[int, ...], number: int, size: int) -> tuple[int, ...]:

@@ -20,6 +20,8 @@ def test_json_has_positive_medians_and_ratios(
     assert all(result[key] > 0 for key in KEYS)
     assert result["rounds"] == MIN_ROUNDS
     assert 1 < result["guided_over_unfed"] < 2
+    assert {"rules", "exits"} <= set(result["panel"])
+    assert result["panel_over_campaign"] > 1
     assert result["raw_emu_start_us"] < result["oracle_us"] < result["campaign_us"]
 
 
