@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from emufuzz.arch import cr
+from emufuzz.arch.linear import is_canonical
 from emufuzz.arch.modes import mode_of
 from emufuzz.arch.regs import SREG_NAMES, VCPU_SREG_CS, VCPU_SREG_LDTR, VCPU_SREG_SS, VCPU_SREG_TR
 from emufuzz.arch.rflags import X86_EFLAGS_FIXED, X86_EFLAGS_VM
@@ -60,11 +61,6 @@ def _control_problems(system: System, rflags: int) -> Iterator[str]:
     for name in ("gdtr", "idtr"):
         if not is_canonical(getattr(system, name).base):
             yield f"{name}.base: not canonical"
-
-
-def is_canonical(address: int) -> bool:
-    """Bits 63:47 of a linear address are equal (4-level paging)."""
-    return address >> 47 in {0, 0x1FFFF}
 
 
 def _vm86_problems(system: System) -> Iterator[str]:

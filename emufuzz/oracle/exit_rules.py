@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 from iced_x86 import Mnemonic, Register, RegisterExt
 
-from emufuzz.arch.cr import X86_CR4_LA57, X86_CR4_UMIP
+from emufuzz.arch.cr import X86_CR4_UMIP
 from emufuzz.arch.exceptions import DB_VECTOR, GP_VECTOR, PF_VECTOR, SS_VECTOR
+from emufuzz.arch.linear import linear_bits, sign_extended
 from emufuzz.arch.regs import VCPU_REGS_RAX, VCPU_REGS_RCX, VCPU_REGS_RDX
 from emufuzz.arch.rflags import X86_EFLAGS_RF, X86_EFLAGS_TF
 from emufuzz.case.devices import PIO
@@ -56,6 +57,8 @@ _DETECT: Final = 1 << 13
 _DEBUG_MOVES: Final = frozenset((b"\x0f\x21", b"\x0f\x23"))
 #: DR4 and DR5 stand for DR6 and DR7 (SDM Vol. 3B 18.2.2).
 _ALIASES: Final = {4: 6, 5: 7}
+#: Bits of DR6 and DR7 that keep what is written on every processor (SDM Vol. 3B 18.2.3, 18.2.4).
+_DR_WRITABLE: Final = {6: 0xE00F, 7: 0xFFFF23FF}
 _PORT_7E: Final = 0x7E
 
 
@@ -265,15 +268,20 @@ def hidden_detection(
 
 
 def _moved(case: Case, subject: Outcome) -> bool:
-    """MOV from or to a debug register has been done, as far as general registers and memory show."""
+    """MOV from or to a debug register has been done, and nothing else."""
     decoded = CaseInstruction(case).decode(lax=True)
-    gpr, mask = list(case.gpr), _MASK64 if case.mode == "prot64" else _MASK32
-    if RegisterExt.is_dr(decoded.op1_register):
-        number = RegisterExt.number(decoded.op1_register)
-        value = case.system.dr[_ALIASES.get(number, number)]
-        gpr[RegisterExt.number(decoded.op0_register)] = value & mask
+    gpr, dr, mask = list(case.gpr), list(case.system.dr), _MASK64 if case.mode == "prot64" else _MASK32
+    reads = RegisterExt.is_dr(decoded.op1_register)
+    to, source = RegisterExt.number(decoded.op0_register), RegisterExt.number(decoded.op1_register)
+    if reads:
+        gpr[to] = dr[_ALIASES.get(source, source)] & mask
+    else:
+        to = _ALIASES.get(to, to)
+        bits = _DR_WRITABLE.get(to, _MASK64)
+        dr[to] = gpr[source] & mask & bits | subject.system.dr[to] & ~bits  # the rest reads as it always does
     done = subject.rip == case.rip + int(decoded.len) & mask
-    return done and subject.gpr == tuple(gpr) and not changed_bytes(case, subject)
+    same = subject.gpr == tuple(gpr) and subject.system.dr == tuple(dr)
+    return done and same and not changed_bytes(case, subject)
 
 
 def lost_port_7e(case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]) -> bool:
@@ -346,8 +354,7 @@ def sysenter_address(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[
     """WRMSR of an address that is not canonical: KVM extends the sign of it."""
     index = case.gpr[VCPU_REGS_RCX] & _MASK32
     value = case.gpr[VCPU_REGS_RDX] << 32 & _MASK64 | case.gpr[VCPU_REGS_RAX] & _MASK32
-    bits = 57 if case.system.cr4 & X86_CR4_LA57 else 48
-    extended = (value & (1 << bits) - 1 ^ 1 << bits - 1) - (1 << bits - 1) & _MASK64
+    extended = sign_extended(value, linear_bits(case.system.cr4))
     return bool(
         index in _SYSENTER
         and extended != value

@@ -13,8 +13,8 @@ from typing import Any, Final
 import iced_x86
 from iced_x86 import Decoder, InstructionInfoFactory, MemorySizeExt, OpAccess, Register, RegisterExt
 
-from emufuzz.arch.cr import X86_CR4_LA57
 from emufuzz.arch.descriptors import DESC_CODE, DESC_EXPAND_DOWN, DESC_READABLE, DESC_WRITABLE
+from emufuzz.arch.linear import is_canonical, linear_bits
 from emufuzz.arch.regs import VCPU_REGS_RCX, VCPU_SREG_CS, VCPU_SREG_DS, VCPU_SREG_SS
 from emufuzz.arch.rflags import X86_EFLAGS_DF
 from emufuzz.case.model import Case, Segment
@@ -212,8 +212,7 @@ class CaseInstruction:
 
     def canonical(self, address: int) -> bool:
         """Whether a linear address, taken modulo 2^64, is canonical (SDM Vol. 1 3.3.7.1)."""
-        bits = 57 if self.case.system.cr4 & X86_CR4_LA57 else 48
-        return (address & _MASK64) >> bits - 1 in {0, (1 << 65 - bits) - 1}
+        return is_canonical(address & _MASK64, linear_bits(self.case.system.cr4))
 
     def refused(self, access: Access) -> bool:
         """Whether segmentation, or in 64-bit mode a non-canonical address, forbids the access."""

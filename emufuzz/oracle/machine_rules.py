@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
-from emufuzz.arch.cr import EFER_LMA, EFER_NX, X86_CR4_LA57, X86_CR4_PAE, X86_CR4_PSE, X86_CR4_SMEP
+from emufuzz.arch.cr import EFER_LMA, EFER_NX, X86_CR4_PAE, X86_CR4_PSE, X86_CR4_SMEP
 from emufuzz.arch.exceptions import (
     GP_VECTOR,
     NP_VECTOR,
@@ -20,6 +20,7 @@ from emufuzz.arch.exceptions import (
     UD_VECTOR,
 )
 from emufuzz.arch.leaves import LEAVES
+from emufuzz.arch.linear import linear_bits
 from emufuzz.arch.regs import VCPU_REGS_RSP
 from emufuzz.case.devices import MMIO, PIO, DeviceAccess
 from emufuzz.case.model import Case, Fault, Outcome, case_memory, is_physical
@@ -213,7 +214,7 @@ def straddling_device(
 
     KVM looks at the first byte's address only; a processor raises the fault before it reads anything.
     """
-    end = 1 << (56 if case.system.cr4 & X86_CR4_LA57 else 47)
+    end = 1 << linear_bits(case.system.cr4) - 1
     ours, theirs = _traces(case, subject, oracle)
     return (
         _only_trace(differences)

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import msgspec
 
-from emufuzz.arch.cr import X86_CR4_LA57
 from emufuzz.arch.exceptions import DB_VECTOR
+from emufuzz.arch.linear import linear_bits, sign_extended
 from emufuzz.case.devices import devices_of, trace_to_obj
 from emufuzz.case.fields import MAX_ACCESS
 from emufuzz.case.model import (
@@ -87,8 +87,7 @@ class Places:
         """The address that page tables translate: 48 bits lead there, or 57 (KVM: quirk 1)."""
         if self._view.mode != "prot64" or not is_physical(self._view):
             return linear
-        sign = 1 << (56 if self._view.system.cr4 & X86_CR4_LA57 else 47)
-        return (linear & (sign << 1) - 1 ^ sign) - sign & _MASK64
+        return sign_extended(linear, linear_bits(self._view.system.cr4))
 
     def parts(self, linear: int, size: int) -> Iterator[tuple[int, int]]:
         """(physical address, bytes) of an access in each page that it reaches."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from emufuzz.arch.cr import EFER_LMA, X86_CR4_LA57
+from emufuzz.arch.cr import EFER_LMA
 from emufuzz.arch.exceptions import DB_VECTOR, GP_VECTOR, PF_VECTOR, SS_VECTOR, UD_VECTOR
+from emufuzz.arch.linear import linear_bits
 from emufuzz.arch.regs import (
     GPR_NAMES,
     VCPU_REGS_RAX,
@@ -252,7 +253,7 @@ def straddle(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Differen
     What is beyond it is a #PF, but for page tables, in which the upper half's first pages lie there.
     """
     ours = subject.exception
-    end = 1 << (56 if case.system.cr4 & X86_CR4_LA57 else 47)
+    end = 1 << linear_bits(case.system.cr4) - 1
     refused = oracle.exception in {(GP_VECTOR, 0, None), (SS_VECTOR, 0, None)}
     return case.mode == "prot64" and refused and ours is not None and ours[0] == PF_VECTOR and ours[2] == end
 

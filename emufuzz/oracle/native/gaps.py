@@ -12,6 +12,7 @@ from iced_x86 import CpuidFeature, Mnemonic
 
 from emufuzz.arch.cr import X86_CR0_EM, X86_CR0_NE, X86_CR0_TS, X86_CR4_OSFXSR
 from emufuzz.arch.exceptions import PF_VECTOR, SS_VECTOR, UD_VECTOR
+from emufuzz.arch.linear import is_canonical
 from emufuzz.arch.rflags import (
     X86_EFLAGS_IF,
     X86_EFLAGS_IOPL,
@@ -158,14 +159,10 @@ def _other_code(instruction: CaseInstruction, outcome: Outcome) -> bool:
     return bool(absent) and not (fault is not None and (fault[2] or 0) >> PAGE_SHIFT in absent)
 
 
-def _canonical(address: int) -> bool:
-    """Of the 48 bits that a process has, wherever the host has more."""
-    return address >> 47 in {0, (1 << 17) - 1}
-
-
 def _offset_noncanonical(instruction: CaseInstruction, _outcome: Outcome) -> bool:
+    """An offset beyond the 48 bits that a process has, wherever the host has more, while its sum is not."""
     return instruction.long and any(
-        not _canonical(access.offset) and _canonical(access.linear) for access in instruction.accesses
+        not is_canonical(access.offset) and is_canonical(access.linear) for access in instruction.accesses
     )
 
 

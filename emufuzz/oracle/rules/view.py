@@ -11,8 +11,9 @@ from typing import Any, Final, NamedTuple
 
 from iced_x86 import OpKind, RegisterExt
 
-from emufuzz.arch.cr import EFER_LMA, X86_CR0_AM, X86_CR0_PG, X86_CR4_LA57
+from emufuzz.arch.cr import EFER_LMA, X86_CR0_AM, X86_CR0_PG
 from emufuzz.arch.descriptors import DESC_CODE, DESC_EXPAND_DOWN, DESC_READABLE, DESC_WRITABLE
+from emufuzz.arch.linear import is_canonical, linear_bits
 from emufuzz.arch.regs import VCPU_REGS_RCX, VCPU_SREG_CS, VCPU_SREG_DS, VCPU_SREG_LDTR, VCPU_SREG_SS
 from emufuzz.arch.rflags import X86_EFLAGS_AC, X86_EFLAGS_IOPL
 from emufuzz.case.devices import devices_of
@@ -97,8 +98,7 @@ class View:
 
     def canonical(self, address: int) -> bool:
         """SDM Vol. 1 3.3.7.1, 48 bits or 57 with CR4.LA57."""
-        bits = 57 if self.system.cr4 & X86_CR4_LA57 else 48
-        return address >> bits - 1 in {0, (1 << 65 - bits) - 1}
+        return is_canonical(address, linear_bits(self.system.cr4))
 
     # Memory
 

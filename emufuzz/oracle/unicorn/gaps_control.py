@@ -24,6 +24,7 @@ from emufuzz.arch.cr import (
     X86_CR4_PCIDE,
 )
 from emufuzz.arch.exceptions import GP_VECTOR, UD_VECTOR
+from emufuzz.arch.linear import is_canonical, linear_bits
 from emufuzz.arch.regs import VCPU_REGS_RAX, VCPU_REGS_RCX, VCPU_REGS_RDX
 from emufuzz.case.model import Case, Outcome, System
 from emufuzz.oracle.gaps import Condition, Gap
@@ -82,11 +83,6 @@ def _moved(instruction: CaseInstruction) -> tuple[int, int]:
     case = instruction.case
     number, source = modrm_registers(case)
     return number, case.gpr[source] if instruction.long else case.gpr[source] & _MASK32
-
-
-def _canonical(case: Case, address: int) -> bool:
-    bits = 57 if case.system.cr4 & X86_CR4_LA57 else 48
-    return address >> bits - 1 in {0, (1 << 65 - bits) - 1}
 
 
 def _control_value(instruction: CaseInstruction, outcome: Outcome) -> bool:
@@ -179,7 +175,7 @@ def _accepted(case: Case, index: int) -> bool:
         switches = (value ^ case.system.efer) & EFER_LME and case.system.cr0 & X86_CR0_PG
         return not (switches or value & ~_EFER_DEFINED)
     if index in _ADDRESSES:
-        return _canonical(case, value)
+        return is_canonical(value, linear_bits(case.system.cr4))
     if index == _MSR_PAT:
         return all(byte in _PAT_TYPES for byte in value.to_bytes(8, "little"))
     if index == _MSR_SYSENTER_CS:
@@ -225,7 +221,8 @@ def _system_return(instruction: CaseInstruction, outcome: Outcome) -> bool:
     if needed == _MSR_KERNEL_GS_BASE or outcome.exception is not None:
         return False
     targets = (case.gpr[VCPU_REGS_RCX], case.gpr[VCPU_REGS_RDX])
-    refused = not all(_canonical(case, target) for target in targets)
+    bits = linear_bits(case.system.cr4)
+    refused = not all(is_canonical(target, bits) for target in targets)
     return refused or (needed == _MSR_STAR and not instruction.long)
 
 

@@ -200,15 +200,36 @@ def detected(code="0f21c3", debug=0x20001, dr7=0x2402):
     return msgspec.structs.replace(case, path="exit", extra={"kvm": {"guest_debug": debug}})
 
 
-@pytest.mark.parametrize("code", ["0f21c3", "0f23c3"])
+def moved(case, number, value):
+    """What is there after MOV has written a debug register."""
+    ours = completed(case, 3)
+    dr = (*case.system.dr[:number], value, *case.system.dr[number + 1 :])
+    ours.system = msgspec.structs.replace(case.system, dr=dr)
+    return ours
+
+
+@pytest.mark.parametrize("code", ["0f21c3", "0f23c3", "0f23f3", "0f23fb", "0f23e3"])
 def test_general_detection_is_userspaces(judging, code):
     case = detected(code)
-    ours = completed(case, 3)
+    written = {"0f23c3": (0, 5), "0f23f3": (6, 0xFFFF0FF5), "0f23e3": (6, 0xFFFF0FF5), "0f23fb": (7, 0x405)}
+    ours = moved(case, *written.get(code, (0, 0x1234)))
     if code == "0f21c3":
         ours.gpr = (*case.gpr[:3], 0x1234, *case.gpr[4:])
     kind, reason, damaged = verdicts(judging, case, ours, faulted(case, DB))
     assert (kind, reason) == (SKIPPED, "kvm-debugged-detection")
     assert damaged == [FINDING] * 3
+
+
+@pytest.mark.parametrize(("code", "number", "value"), [
+    ("0f23c3", 0, 0x1234), ("0f23c3", 1, 5), ("0f23f3", 6, 0xFFFF0FF0), ("0f23fb", 7, 0x2405),
+    ("0f21c3", 0, 5),
+])  # fmt: skip
+def test_a_debug_register_has_what_mov_writes_to_it_and_no_other_changes(judging, code, number, value):
+    case = detected(code)
+    ours = moved(case, number, value)
+    if code == "0f21c3":
+        ours.gpr = (*case.gpr[:3], 0x1234, *case.gpr[4:])
+    assert judge(case, ours, faulted(case, DB), judging).kind == FINDING
 
 
 @pytest.mark.parametrize("case", [detected(debug=1), detected(dr7=0x402), detected("0f20c3")])
