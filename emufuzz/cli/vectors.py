@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -74,7 +76,7 @@ def check(
 
 def _check_fep(file: Path, families: frozenset[str], *, as_json: bool) -> int:
     counts = _some(check_fep(file, families), file, families)
-    print(_fep_json(counts) if as_json else "\n".join(_fep_lines(counts)))
+    print(_as_json(counts) if as_json else "\n".join(_fep_lines(counts)))
     return EXIT_DISAGREE if any(count.different for count in counts.values()) else EXIT_OK
 
 
@@ -94,16 +96,10 @@ def _some(counts: dict[str, Count], file: Path, families: frozenset[str]) -> dic
     return counts
 
 
-def _as_json(counts: dict[str, FamilyCount]) -> str:
+def _as_json(counts: Mapping[str, FamilyCount | FepCount]) -> str:
     return json.dumps(
         {
-            name: {
-                "total": count.total,
-                "equal": count.equal,
-                "different": count.different,
-                "refused": dict(count.refused),
-                "ids": count.ids,
-            }
+            name: {**{f.name: getattr(count, f.name) for f in fields(count)}, "different": count.different}
             for name, count in counts.items()
         }
     )
@@ -120,22 +116,6 @@ def _lines(counts: dict[str, FamilyCount]) -> list[str]:
         if count.ids:
             lines.append(_differing(name, count.ids))
     return lines
-
-
-def _fep_json(counts: dict[str, FepCount]) -> str:
-    return json.dumps(
-        {
-            name: {
-                "total": count.total,
-                "equal": count.equal,
-                "explained": count.explained,
-                "different": count.different,
-                "rules": dict(count.rules),
-                "ids": count.ids,
-            }
-            for name, count in counts.items()
-        }
-    )
 
 
 def _fep_lines(counts: dict[str, FepCount]) -> list[str]:

@@ -16,7 +16,7 @@ from emufuzz.arch.leaves import FAMILIES, family_of
 from emufuzz.case.json import case_to_json
 from emufuzz.case.model import Case
 from emufuzz.fuzz.generate import generate_batch
-from emufuzz.fuzz.trim import trim
+from emufuzz.fuzz.shrink.memory import trim
 from emufuzz.subject.flat import FlatSubject
 
 SEED: Final = 2024

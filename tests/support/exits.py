@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+from support.guest import Guest
 
 from emufuzz.arch.regs import GPR_NAMES
 from emufuzz.case.build import build_case, build_system
@@ -12,13 +13,11 @@ from emufuzz.case.model import Case, Fault
 from emufuzz.kvm import vmcs_fields as vf
 from emufuzz.kvm.exits import vmx_handle_exit
 from emufuzz.kvm.machine import KvmMachine
-from emufuzz.kvm.regs import kvm_register_read_raw, kvm_register_write_raw, kvm_rip_read
-from emufuzz.kvm.rflags import kvm_get_rflags
-from emufuzz.kvm.vcpu import KvmRun, Vcpu
+from emufuzz.kvm.regs import kvm_register_write_raw
+from emufuzz.kvm.vcpu import KvmRun
 from emufuzz.kvm.vmx_bits import INTR_INFO_VALID_MASK, INTR_TYPE_HARD_EXCEPTION
 from emufuzz.subject.kvm.build import build_machine
 from emufuzz.subject.kvm.enter import ExitInfo, hardware_exit
-from emufuzz.subject.kvm.outcome import queued_fault
 
 _SYSTEM = (
     "es", "cs", "ss", "ds", "fs", "gs", "tr", "ldtr", "gdtr", "idtr", "cr0", "cr2", "cr3", "cr4", "cr8",
@@ -50,16 +49,12 @@ def exit_case(
     return msgspec.structs.replace(case, extra=extra, count=count, path=path, vendor=vendor)
 
 
-class Exited:
+class Exited(Guest):
     """A machine in a case's state, and the exits that it is made to take."""
 
     def __init__(self, mode: str = "prot64", code: str = "90", **kwargs: Any) -> None:
         self.case = exit_case(mode, code, **kwargs)
         self.machine: KvmMachine = build_machine(self.case, {})[0]
-
-    @property
-    def vcpu(self) -> Vcpu:
-        return self.machine.vcpu
 
     @property
     def run(self) -> KvmRun:
@@ -93,24 +88,8 @@ class Exited:
 
     # -- questions -------------------------------------------------------------------------------
 
-    def reg(self, name: str) -> int:
-        return kvm_register_read_raw(self.vcpu, GPR_NAMES.index(name))
-
     def set_reg(self, name: str, value: int) -> None:
         kvm_register_write_raw(self.vcpu, GPR_NAMES.index(name), value)
-
-    @property
-    def rip(self) -> int:
-        return kvm_rip_read(self.vcpu)
-
-    @property
-    def flags(self) -> int:
-        return kvm_get_rflags(self.vcpu)
-
-    @property
-    def pending(self) -> Fault | None:
-        """(vector, error code, CR2 of #PF) of the exception that waits for the guest."""
-        return queued_fault(self.vcpu.exception)
 
     @property
     def interruptibility(self) -> int:

@@ -6,20 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
+from support.guest import Guest
 
 from emufuzz.arch.regs import GPR_NAMES, SREG_NAMES
 from emufuzz.case.build import build_case, build_segments, build_system
-from emufuzz.case.model import Case, Fault, Outcome, case_pages
+from emufuzz.case.model import Case, Outcome, case_pages
 from emufuzz.kvm.interruptibility import vmx_get_interrupt_shadow
-from emufuzz.kvm.regs import kvm_register_read_raw, kvm_rip_read
-from emufuzz.kvm.rflags import kvm_get_rflags
 from emufuzz.kvm.run import USERSPACE, after_exit, kvm_run
 from emufuzz.kvm.trace import Trace
 from emufuzz.kvm.userspace_regs import KvmRegs, kvm_get_regs, kvm_set_regs
-from emufuzz.kvm.vcpu import KvmRun, Vcpu
+from emufuzz.kvm.vcpu import KvmRun
 from emufuzz.kvm.x86 import x86_emulate_instruction
 from emufuzz.subject.kvm.build import build_machine, kvm_of
-from emufuzz.subject.kvm.outcome import outcome_of, queued_fault
+from emufuzz.subject.kvm.outcome import outcome_of
 from emufuzz.subject.kvm.paths import PATH_SPECS
 from emufuzz.subject.kvm.subject import KvmSubject
 from emufuzz.subject.kvm.userspace import Userspace
@@ -67,7 +66,7 @@ def path_case(
     return msgspec.structs.replace(case, path=path, extra=extra, vendor=vendor, port_in=port_in, count=count)
 
 
-class PathVm:
+class PathVm(Guest):
     """A case on its way through KVM. After `enter`, `run` is one KVM_RUN and `finish` all that follow."""
 
     def __init__(self, case: Case, *, trace: bool = False) -> None:
@@ -78,10 +77,6 @@ class PathVm:
         self.ended: int | None = None
         if trace:
             self.vcpu.trace = Trace()
-
-    @property
-    def vcpu(self) -> Vcpu:
-        return self.machine.vcpu
 
     @property
     def exit(self) -> KvmRun:
@@ -116,26 +111,9 @@ class PathVm:
 
     # -- questions -------------------------------------------------------------------------------
 
-    def reg(self, name: str) -> int:
-        """A GPR of the vCPU, which in the middle of an instruction may be newer in the emulator."""
-        return kvm_register_read_raw(self.vcpu, GPR_NAMES.index(name))
-
-    @property
-    def rip(self) -> int:
-        return kvm_rip_read(self.vcpu)
-
-    @property
-    def flags(self) -> int:
-        return kvm_get_rflags(self.vcpu)
-
     @property
     def shadow(self) -> int:
         return vmx_get_interrupt_shadow(self.vcpu)
-
-    @property
-    def pending(self) -> Fault | None:
-        """(vector, error code, CR2 of #PF) of the exception that waits for the guest."""
-        return queued_fault(self.vcpu.exception)
 
     def mem(self, addr: int, size: int) -> bytes:
         data = self.machine.memory.spaces[0].read_guest(addr, size)

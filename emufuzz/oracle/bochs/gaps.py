@@ -19,23 +19,11 @@ from emufuzz.oracle.bochs.state import STATE_MSRS
 from emufuzz.oracle.gaps import Condition, Gap
 from emufuzz.oracle.guest_width import beyond_guest_width, reserved_above
 from emufuzz.oracle.instruction import CaseInstruction, outside_limit
+from emufuzz.oracle.processor import BASELINE, IDENTITY
 
 BOCHS_VERSION: Final = "0.3.1"
 
-#: What every x86-64 processor of the last fifteen years has.
-_BASELINE: Final = frozenset(
-    getattr(CpuidFeature, name)
-    for name in (
-        "INTEL8086", "INTEL8086_ONLY", "INTEL186", "INTEL286", "INTEL286_ONLY", "INTEL386", "INTEL386_ONLY",
-        "INTEL486", "X64", "CPUID", "CMOV", "CX8", "CMPXCHG16B", "MULTIBYTENOP", "PAUSE", "FXSR", "CLFSH",
-        "FPU", "FPU287", "FPU387", "MMX", "SSE", "SSE2", "SSE3", "SSSE3", "SSE4_1", "SSE4_2", "POPCNT",
-        "MOVBE", "PREFETCHW", "SEP", "SYSCALL", "TSC", "MSR", "SMM", "VMX", "SVM",
-    )
-)  # fmt: skip
-_IDENTITY: Final = frozenset(
-    (Mnemonic.CPUID, Mnemonic.RDTSC, Mnemonic.RDTSCP, Mnemonic.RDPID, Mnemonic.XGETBV, Mnemonic.RDRAND,
-     Mnemonic.RDSEED, Mnemonic.RDPMC)
-)  # fmt: skip
+_BASELINE: Final = BASELINE | {CpuidFeature.SMM, CpuidFeature.VMX, CpuidFeature.SVM}
 _MONITOR: Final = frozenset((Mnemonic.VMCALL, Mnemonic.VMMCALL))
 #: What KVM does not emulate, so that no leaf tells which flags are undefined.
 _ADJUSTS: Final = frozenset((Mnemonic.DAA, Mnemonic.DAS, Mnemonic.AAA, Mnemonic.AAS))
@@ -294,7 +282,7 @@ BOCHS_GAPS: Final[tuple[Gap, ...]] = (
     _gap("features", _features,
          "which extensions of the instruction set exist is up to the model, a Tiger Lake",
          "SDM Vol. 2A CPUID"),
-    _gap("identity", _of(_IDENTITY),
+    _gap("identity", _of(IDENTITY),
          "identity, time, counters and random numbers are those of the model",
          "SDM Vol. 2A CPUID"),
     _gap("undefined-flags", _of(_ADJUSTS),

@@ -27,6 +27,7 @@ from emufuzz.oracle.native.host import Host
 from emufuzz.oracle.native.outcomes import GAP_KERNEL_PAGE
 from emufuzz.oracle.native.runner import BLOCK, GAP_SYSTEM_CALL
 from emufuzz.oracle.native.space import Pages, Setup
+from emufuzz.oracle.processor import BASELINE, IDENTITY
 
 _READS_SELECTOR: Final = frozenset((b"\x06", b"\x0e", b"\x16", b"\x1e", b"\x8c", b"\x0f\xa0", b"\x0f\xa8"))
 _LOADS_SEGMENT: Final = frozenset(
@@ -35,21 +36,7 @@ _LOADS_SEGMENT: Final = frozenset(
 )  # fmt: skip
 _PORTS: Final = frozenset((*range(0x6C, 0x70), *range(0xE4, 0xE8), *range(0xEC, 0xF0)))
 _SHOWN: Final = X86_EFLAGS_IF | X86_EFLAGS_IOPL | X86_EFLAGS_VIF | X86_EFLAGS_VIP
-#: What every x86-64 processor of the last fifteen years has.
-_BASELINE: Final = frozenset(
-    getattr(CpuidFeature, name)
-    for name in (
-        "INTEL8086", "INTEL8086_ONLY", "INTEL186", "INTEL286", "INTEL286_ONLY", "INTEL386", "INTEL386_ONLY",
-        "INTEL486", "X64", "CPUID", "CMOV", "CX8", "CMPXCHG16B", "MULTIBYTENOP", "PAUSE", "FXSR", "CLFSH",
-        "FPU", "FPU287", "FPU387", "MMX", "SSE", "SSE2", "SSE3", "SSSE3", "SSE4_1", "SSE4_2", "POPCNT",
-        "MOVBE", "PREFETCHW", "SEP", "SYSCALL", "TSC", "MSR",
-    )
-)  # fmt: skip
 _PUSH_SEGMENT: Final = frozenset((b"\x06", b"\x0e", b"\x16", b"\x1e", b"\x0f\xa0", b"\x0f\xa8"))
-_IDENTITY: Final = frozenset(
-    (Mnemonic.CPUID, Mnemonic.RDTSC, Mnemonic.RDTSCP, Mnemonic.RDPID, Mnemonic.XGETBV, Mnemonic.RDRAND,
-     Mnemonic.RDSEED, Mnemonic.RDPMC)
-)  # fmt: skip
 #: What loads or stores a whole state of the x87 FPU, or its environment.
 _IMAGES: Final = frozenset(
     (Mnemonic.FXSAVE, Mnemonic.FXSAVE64, Mnemonic.FXRSTOR, Mnemonic.FXRSTOR64, Mnemonic.FNSAVE,
@@ -108,7 +95,7 @@ def _features(instruction: CaseInstruction, _outcome: Outcome) -> bool:
     opcode = instruction.opcode
     vex = opcode[:1] in {b"\xc4", b"\xc5", b"\x62"} and (instruction.long or opcode[1] >= 0xC0)
     broadcast = opcode[:3] in {b"\x0f\x01\xfe", b"\x0f\x01\xff"}  # INVLPGB, TLBSYNC with any prefix
-    return vex or broadcast or not _BASELINE.issuperset(decoded.cpuid_features())
+    return vex or broadcast or not BASELINE.issuperset(decoded.cpuid_features())
 
 
 def _fpu_switched_off(instruction: CaseInstruction, _outcome: Outcome) -> bool:
@@ -254,7 +241,7 @@ def native_gaps(host: Host) -> tuple[Gap, ...]:
         gap("rep-loop", lambda i, _: bool(i.opcode[0] & 0xFE == 0xE0 and {0xF2, 0xF3} & set(i.prefixes)),
             "AMD processors let F2 and F3 in front of LOOPE and LOOPNE decide on ZF instead of the opcode",
             "SDM Vol. 2A 2.1.1, REP prefixes of other instructions are reserved", ("rip",)),
-        gap("identity", lambda i, _: i.mnemonic in _IDENTITY,
+        gap("identity", lambda i, _: i.mnemonic in IDENTITY,
             "CPUID, XCR0, time stamps and counters are the host's",
             "SDM Vol. 2A CPUID"),
         gap("features", _features,
