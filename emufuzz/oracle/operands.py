@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+import msgspec
+
 from emufuzz.arch.leaves import LEAVES
-from emufuzz.arch.regs import GPR_NAMES, VCPU_REGS_RCX, VCPU_SREG_CS
+from emufuzz.arch.regs import GPR_NAMES, VCPU_REGS_RCX, VCPU_REGS_RDI, VCPU_REGS_RSI, VCPU_SREG_CS
+from emufuzz.arch.rflags import X86_EFLAGS_DF
 from emufuzz.case.model import (
     PAGE_MASK,
     PAGE_SHIFT,
@@ -26,6 +29,16 @@ from emufuzz.case.translate import translate
 _WALK_BITS: Final = 0x60
 _LEGACY: Final = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
 _SEGMENTS: Final = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65))
+
+
+def at_iteration(case: Case, number: int, size: int) -> Case:
+    """A repeated string instruction of `size`-byte elements at one iteration, its last; the first is 0."""
+    way = -size if case.rflags & X86_EFLAGS_DF else size
+    gpr = list(case.gpr)
+    gpr[VCPU_REGS_RCX] = 1
+    for register in (VCPU_REGS_RSI, VCPU_REGS_RDI):
+        gpr[register] += number * way
+    return msgspec.structs.replace(case, gpr=tuple(gpr))
 
 
 class PrefixFacts(NamedTuple):

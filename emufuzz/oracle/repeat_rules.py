@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
 from emufuzz.arch.exceptions import PF_VECTOR
 from emufuzz.arch.regs import VCPU_REGS_RAX, VCPU_REGS_RCX, VCPU_REGS_RDI, VCPU_REGS_RDX, VCPU_REGS_RSI
 from emufuzz.arch.rflags import X86_EFLAGS_DF
@@ -21,7 +19,7 @@ from emufuzz.oracle.device_trace import DEVICE_TRACE, trace_of
 from emufuzz.oracle.instruction import CaseInstruction
 from emufuzz.oracle.machine_rules import is_walk
 from emufuzz.oracle.native_view import judge_case
-from emufuzz.oracle.operands import operand_size, prefix_facts
+from emufuzz.oracle.operands import at_iteration, operand_size, prefix_facts
 from emufuzz.oracle.places import Places
 
 if TYPE_CHECKING:
@@ -125,12 +123,7 @@ def _iteration(case: Case, leaf: str, number: int) -> tuple[int, int, int]:
     STOS has its destination twice.
     """
     size = operand_size(case, leaf)
-    way = -size if case.rflags & X86_EFLAGS_DF else size
-    gpr = list(case.gpr)
-    gpr[VCPU_REGS_RCX] = 1
-    for register in (VCPU_REGS_RSI, VCPU_REGS_RDI):
-        gpr[register] += number * way
-    accesses = CaseInstruction(msgspec.structs.replace(case, gpr=tuple(gpr))).accesses
+    accesses = CaseInstruction(at_iteration(case, number, size)).accesses
     (destination,) = (access.linear for access in accesses if access.write)
     source = next((access.linear for access in accesses if access.read), destination)
     return source, destination, size

@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-import msgspec
 from iced_x86 import Mnemonic
 
-from emufuzz.arch.regs import VCPU_REGS_RCX, VCPU_REGS_RDI, VCPU_REGS_RSI
-from emufuzz.arch.rflags import X86_EFLAGS_DF
 from emufuzz.case.devices import MMIO, DeviceAccess
 from emufuzz.case.fields import MAX_ACCESS
 from emufuzz.case.model import PAGE_MASK, PAGE_SIZE, Case
 from emufuzz.oracle.instruction import CaseInstruction
-from emufuzz.oracle.operands import place_of
+from emufuzz.oracle.operands import at_iteration, place_of
 
 COMPARES: Final = frozenset((Mnemonic.CMPSB, Mnemonic.CMPSW, Mnemonic.CMPSD, Mnemonic.CMPSQ))
 #: Iterations up to KVM's stopping point.
@@ -84,12 +81,7 @@ def _numbered(view: Case, trace: Sequence[DeviceAccess], order: tuple[int, int])
 def _operands(view: Case, iteration: int) -> list[tuple[int, int]]:
     """(linear address, bytes) of source and destination in an iteration."""
     size = CaseInstruction(view).operand_bits // 8 if CaseInstruction(view).opcode[0] & 1 else 1
-    way = -size if view.rflags & X86_EFLAGS_DF else size
-    gpr = list(view.gpr)
-    gpr[VCPU_REGS_RCX] = 1
-    for register in (VCPU_REGS_RSI, VCPU_REGS_RDI):
-        gpr[register] += iteration * way
-    accesses = CaseInstruction(msgspec.structs.replace(view, gpr=tuple(gpr))).accesses
+    accesses = CaseInstruction(at_iteration(view, iteration, size)).accesses
     return [(access.linear, size) for access in accesses]
 
 
