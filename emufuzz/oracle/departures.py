@@ -41,6 +41,7 @@ _RESERVED: Final = 1 << 12
 _DETECT: Final = 1 << 13
 #: Bytes that such a delivery pushes: FLAGS, CS and IP (SDM Vol. 3B 21.1.4, Interrupt and Exception Handling).
 _PUSHED: Final = 6
+_MASK32: Final = (1 << 32) - 1
 #: Bits of a page-table entry's first byte, and of the address of an entry of 4 or 8 bytes (SDM Vol. 3A 4.3).
 _PRESENT: Final = 1
 _ACCESSED: Final = 1 << 5
@@ -103,7 +104,8 @@ def _takes(fd: Mapping[str, Any], access: DeviceAccess) -> bool:
 def _delivery_failed(case: Case, subject: Outcome) -> bool:
     """Nothing was decoded, and nothing is changed but what the delivery of an event pushes."""
     ss = case.system.seg[VCPU_SREG_SS]
-    places = {ss.base + (case.gpr[VCPU_REGS_RSP] - n & 0xFFFF) for n in range(1, _PUSHED + 1)}
+    mask, top = _MASK32 if ss.db else 0xFFFF, case.gpr[VCPU_REGS_RSP]
+    places = {ss.base + (top - n & mask) & _MASK32 for n in range(1, _PUSHED + 1)}
     pushed = (addr + i for addr, data in memory_changes(case, subject) for i in range(len(data)))
     return (
         case.mode == "real"

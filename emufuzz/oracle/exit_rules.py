@@ -28,7 +28,7 @@ from emufuzz.oracle.operands import changed_bytes, operand_size, place_of
 from emufuzz.oracle.places import Places
 from emufuzz.oracle.rules.memory import segment_fault
 from emufuzz.oracle.rules.view import View
-from emufuzz.oracle.stand_in import plain_store
+from emufuzz.oracle.stand_in import plain_store, without_override
 
 if TYPE_CHECKING:
     from emufuzz.oracle.compare import Difference
@@ -301,7 +301,7 @@ def fast_eoi(case: Case, subject: Outcome, _oracle: Outcome, __: Sequence[Differ
     KVM: handle_apic_access, with the module's parameter fasteoi.
     """
     instruction = CaseInstruction(case)
-    store = plain_store(case)  # what KVM takes an undefined MOVNTI for
+    store = plain_store(case) or without_override(case)  # what KVM takes the instruction for
     if store is not None:
         instruction = CaseInstruction(msgspec.structs.replace(case, code=store))
     written = [place_of(case, access.linear) for access in instruction.accesses if access.write]

@@ -25,6 +25,7 @@ from emufuzz.oracle.compare import (
 from emufuzz.oracle.gaps import covers
 
 NOBODY: Final = "nobody-vouches"
+_QUIRK: Final = "kvm-"
 
 
 class Opinion(NamedTuple):
@@ -98,13 +99,29 @@ def opinions_of(case: Case, subject: Outcome, answers: Sequence[tuple[Oracle, Ou
 
     That is for oracles that do not simply agree, and for all of them if one objects.
     """
-    opinions = [_opinion(case, subject, outcome, oracle) for oracle, outcome in answers]
+    opinions = _alike([_opinion(case, subject, outcome, oracle) for oracle, outcome in answers])
     if any(opinion.verdict.kind != AGREE for opinion in opinions):
         opinions = [
             opinion._replace(unchecked=outcome.unchecked or oracle.unchecked(case, outcome))
             for opinion, (oracle, outcome) in zip(opinions, answers, strict=True)
         ]
     return opinions
+
+
+def _alike(opinions: list[Opinion]) -> list[Opinion]:
+    """A quirk that explains a difference from one oracle explains the same one from any other.
+
+    Not every oracle can run the case that stands in for what KVM takes an instruction for.
+    """
+    explained = {o.verdict.differences: o.verdict for o in opinions if o.verdict.reason.startswith(_QUIRK)}
+    if not explained:
+        return opinions
+    return [
+        o._replace(verdict=explained.get(o.verdict.differences, o.verdict))
+        if o.verdict.kind == FINDING
+        else o
+        for o in opinions
+    ]
 
 
 def _opinion(case: Case, subject: Outcome, outcome: Outcome, oracle: Oracle) -> Opinion:
@@ -140,7 +157,7 @@ def combine(subject: Outcome, opinions: Sequence[Opinion]) -> Ruling:
     quirks = [o.verdict for o in opinions if o.verdict.kind == SKIPPED]
     if not quirks:
         return _agreed(opinions)
-    named = next((verdict for verdict in quirks if verdict.reason.startswith("kvm-")), None)
+    named = next((verdict for verdict in quirks if verdict.reason.startswith(_QUIRK)), None)
     if named is not None:
         return Ruling(SKIPPED, named.reason, named.differences)
     if any(o.verdict.kind == AGREE and _vouches_for_all(o, quirks[0]) for o in opinions):

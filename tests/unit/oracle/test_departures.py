@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from emufuzz.arch.cr import X86_CR4_UMIP
-from emufuzz.arch.regs import VCPU_SREG_FS
+from emufuzz.arch.regs import VCPU_SREG_FS, VCPU_SREG_SS
 from emufuzz.case.build import PAGE_TABLES, build_case
 from emufuzz.oracle.departures import departure
 from emufuzz.subject.kvm import KvmSubject
@@ -14,9 +14,9 @@ from emufuzz.subject.kvm import KvmSubject
 SHUTDOWN = "an event that cannot be delivered in real mode ends in a shutdown"
 
 
-def with_nmi(mode="real", code=b"\x0a\x00", nmi=1):
+def with_nmi(mode="real", code=b"\x0a\x00", nmi=1, **state):
     """An NMI is pending, the vectors of real mode are where no memory is; FS keeps hardware from entering."""
-    case = build_case(mode, code)
+    case = build_case(mode, code, **state)
     seg = list(case.system.seg)
     seg[VCPU_SREG_FS] = msgspec.structs.replace(seg[VCPU_SREG_FS], g=1)
     idtr = msgspec.structs.replace(case.system.idtr, base=0x50000)
@@ -40,6 +40,16 @@ def test_an_event_that_cannot_be_delivered_leaves_nothing_to_compare(subject):
     outcome = run(subject, case)
     assert outcome.extra["exits"][-1]["reason"] == "SHUTDOWN"
     assert outcome.pages  # FLAGS, CS and IP were pushed before the vector could not be read
+    assert departure(case, outcome) == SHUTDOWN
+
+
+def test_a_large_stack_has_a_pointer_of_32_bits(subject):
+    case = with_nmi(rsp=0xFFFFC901)
+    seg = list(case.system.seg)
+    seg[VCPU_SREG_SS] = msgspec.structs.replace(seg[VCPU_SREG_SS], db=1, g=1, limit=0xFFFFFFFF, base=0xC000)
+    case = msgspec.structs.replace(case, system=msgspec.structs.replace(case.system, seg=tuple(seg)))
+    outcome = run(subject, case)
+    assert set(outcome.pages) == {0x8}  # C000H + FFFFC8FBH, modulo 4 GiB
     assert departure(case, outcome) == SHUTDOWN
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from emufuzz.case.build import build_case
 from emufuzz.case.model import Outcome
-from emufuzz.oracle.compare import AGREE, FINDING, SKIPPED, Difference
+from emufuzz.oracle import verdict
+from emufuzz.oracle.compare import AGREE, FINDING, SKIPPED, Difference, Verdict
 from emufuzz.oracle.verdict import NOBODY, Ruling, combine, objection, opinions_of
 
 CASE = build_case("prot64", b"\x48\x01\xd8", rax=1, rbx=2)
@@ -128,3 +129,24 @@ def test_case_is_not_changed_by_judging():
     before = msgspec.structs.asdict(CASE)
     _rule(_outcome(9), ("a", _outcome()))
     assert msgspec.structs.asdict(CASE) == before
+
+
+def test_a_quirk_explains_all_who_have_the_same_otherwise(monkeypatch):
+    same, other = Difference("rax", "gpr", "0x9", "0x3"), Difference("rax", "gpr", "0x9", "0x4")
+    verdicts = {
+        "a": Verdict(SKIPPED, "kvm-quirk-x", (same,)),
+        "b": Verdict(FINDING, "", (same,)),
+        "c": Verdict(FINDING, "", (other,)),
+    }
+    monkeypatch.setattr(verdict, "judge", lambda _case, _subject, _outcome, oracle: verdicts[oracle.name])
+    ruling = _rule(_outcome(9), ("b", _outcome()), ("a", _outcome()))
+    assert (ruling.kind, ruling.reason) == (SKIPPED, "kvm-quirk-x")
+    ruling = _rule(_outcome(9), ("a", _outcome()), ("b", _outcome()), ("c", _outcome(4)))
+    assert (ruling.kind, ruling.against) == (FINDING, ("c",))
+
+
+def test_a_gap_of_one_oracle_explains_nothing_of_another(monkeypatch):
+    same = Difference("rax", "gpr", "0x9", "0x3")
+    verdicts = {"a": Verdict(SKIPPED, "a-gap", (same,)), "b": Verdict(FINDING, "", (same,))}
+    monkeypatch.setattr(verdict, "judge", lambda _case, _subject, _outcome, oracle: verdicts[oracle.name])
+    assert _rule(_outcome(9), ("a", _outcome()), ("b", _outcome())).against == ("b",)
