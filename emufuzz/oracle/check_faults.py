@@ -74,10 +74,15 @@ def address_first(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Dif
 
 
 def read_before_check(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]) -> bool:
-    """Read and write of a segment that can only be read: KVM reads first, so #PF comes before #GP(0)."""
+    """Read and write of a segment that can only be read: KVM reads first, so #PF comes before #GP or #SS.
+
+    In real mode, too, if CS or SS is such a segment, with which hardware cannot enter the guest.
+    """
     view, ours = View(case), subject.exception
     access = view.explicit
-    if not view.protected or view.long or access is None or oracle.exception != _GP0 or ours is None:
+    if case.mode == "vm86" or view.long or access is None or ours is None:
+        return False
+    if oracle.exception != (_SS0 if access.reference.segment == VCPU_SREG_SS else _GP0):
         return False
     seg, reference = view.system.seg[access.reference.segment], access.reference
     readable = not seg.type & DESC_CODE or seg.type & DESC_READABLE

@@ -358,7 +358,8 @@ def sysenter_address(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[
     return bool(
         index in _SYSENTER
         and extended != value
-        and (subject.exception, oracle.exception) == (None, _GP0)
+        and subject.exception in {None, _TRAP}
+        and oracle.exception == _GP0
         and subject.gpr == case.gpr
         and not subject.pages
         and dict(subject.system.msr).get(index, extended) == extended

@@ -6,7 +6,7 @@ has another number of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from emufuzz.arch.exceptions import PF_VECTOR, PFERR_RSVD
@@ -41,12 +41,14 @@ def reserved_above(instruction: CaseInstruction, outcome: Outcome, bits: int) ->
     if not is_physical(case) or fault is None or fault[0] != PF_VECTOR or not (fault[1] or 0) & PFERR_RSVD:
         return False
     above = (1 << _ADDRESS_END) - (1 << bits)
-    return any(entry & above for entry in _entries(case, fault[2] or 0))
+    pages = {**case_memory(case).pages, **outcome.pages}  # its own stores may have changed the entry
+    return any(entry & above for entry in _entries(case, fault[2] or 0, pages))
 
 
-def _entries(case: Case, linear: int) -> list[int]:
+def _entries(case: Case, linear: int, pages: Mapping[int, bytes] | None = None) -> list[int]:
     system = case.system
-    return walk(case_memory(case).pages, system.cr0, system.cr3, system.cr4, system.efer, linear)[0]
+    known = case_memory(case).pages if pages is None else pages
+    return walk(known, system.cr0, system.cr3, system.cr4, system.efer, linear)[0]
 
 
 def _pages(instruction: CaseInstruction) -> Iterator[int]:

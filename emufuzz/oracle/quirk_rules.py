@@ -6,6 +6,7 @@ Each rule works out what exactly KVM does with this case, so that it explains no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from emufuzz.arch.cr import EFER_LMA
@@ -30,6 +31,7 @@ from emufuzz.arch.rflags import (
 )
 from emufuzz.case.model import PAGE_MASK, Case, Outcome, is_physical
 from emufuzz.oracle.device_trace import DEVICE_TRACE
+from emufuzz.oracle.instruction import CaseInstruction
 from emufuzz.oracle.operands import changed_bytes, modrm, operand_size, place_of, prefix_facts
 
 if TYPE_CHECKING:
@@ -218,6 +220,8 @@ def wide_segment_store(
     wide = prefix_facts(case).rex & 8 or subject.leaf != "8c"
     if not wide or modrm(case)[0] == 3:
         return False
+    if subject.exception in ((GP_VECTOR, 0, None), (SS_VECTOR, 0, None)):
+        return oracle.exception is None and _ends_behind_selector(case, subject)
     if subject.exception is not None:  # on a page that only the bytes more reach
         fault = subject.exception
         return fault[0] == PF_VECTOR and not (fault[2] or 0) & PAGE_MASK and oracle.exception is None
@@ -227,6 +231,15 @@ def wide_segment_store(
     extra = {at: byte for at, byte in ours.items() if theirs.get(at) != byte}
     few = 0 < len(extra) <= 6
     return few and not any(extra.values()) and all(ours.get(at) == b for at, b in theirs.items())
+
+
+def _ends_behind_selector(case: Case, subject: Outcome) -> bool:
+    """The segment, or the canonical addresses, end within the operand, but not within its two bytes."""
+    instruction, size = CaseInstruction(case), operand_size(case, subject.leaf)
+    return any(
+        instruction.refused(replace(access, size=size)) and not instruction.refused(replace(access, size=2))
+        for access in instruction.accesses
+    )
 
 
 def split_write(case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]) -> bool:

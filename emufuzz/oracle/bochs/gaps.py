@@ -6,6 +6,7 @@ so any more. What the oracle meets while a case runs is attached to the outcome.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from iced_x86 import CpuidFeature, Mnemonic
@@ -45,6 +46,7 @@ _END_OF_SEGMENT: Final = 0x10000
 _END_OF_OFFSETS: Final = 1 << 32
 _IMAGE: Final = 512
 _LONGEST: Final = 15
+_LIMIT: Final = 2  # bytes of a table register's limit, in front of the base
 _FEW_PREFIXES: Final = 4  # behind them opcode, ModRM, SIB, displacement and immediate still fit
 _SELECTOR: Final = 2  # bytes
 _ADDRESS_BITS: Final = 40
@@ -120,6 +122,15 @@ def _pointer_limit(instruction: CaseInstruction, outcome: Outcome) -> bool:
 def _table_register_order(instruction: CaseInstruction, outcome: Outcome) -> bool:
     loads = instruction.mnemonic in {Mnemonic.LGDT, Mnemonic.LIDT}
     return instruction.long and loads and _vector(outcome) == PF_VECTOR
+
+
+def _table_store_order(instruction: CaseInstruction, outcome: Outcome) -> bool:
+    """SGDT, SIDT to an absent page in which the segment, or the canonical addresses, end behind the limit."""
+    return _vector(outcome) == PF_VECTOR and any(
+        instruction.refused(access) and not instruction.refused(replace(access, size=_LIMIT))
+        for access in instruction.accesses
+        if instruction.mnemonic in {Mnemonic.SGDT, Mnemonic.SIDT}
+    )
 
 
 def _real_code_segment(instruction: CaseInstruction, outcome: Outcome) -> bool:
@@ -315,6 +326,9 @@ BOCHS_GAPS: Final[tuple[Gap, ...]] = (
     _gap("table-register-order", _table_register_order,
          "LGDT and LIDT in 64-bit mode read the base before the limit",
          "SDM Vol. 2A LGDT", ("exception.address",)),
+    _gap("table-store-order", _table_store_order,
+         "SGDT and SIDT store the limit before the segment's limit is checked for the base",
+         "SDM Vol. 2B SGDT", ("exception",)),
     _gap("real-code-segment", _real_code_segment,
          "clearing CR0.PE makes CS a data segment, where processors keep its hidden part",
          "SDM Vol. 3A 9.9.2", ("seg.cs",)),

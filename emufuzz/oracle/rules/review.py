@@ -173,6 +173,8 @@ def _stopped(view: View, outcome: Outcome) -> View:
     """A REP instruction that faulted after some iterations: the state before the one that did."""
     if not view.insn.repeats or outcome.exception is None or outcome.gpr == view.case.gpr:
         return view
+    if traps(outcome):  # behind the last iteration
+        return view
     stopped = View(msgspec.structs.replace(view.case, gpr=tuple(outcome.gpr)))
     stopped.slots = view.slots
     return stopped

@@ -118,7 +118,7 @@ def _local_apic(_instruction: CaseInstruction, outcome: Outcome) -> bool:
 
 
 def _reserved_bits(instruction: CaseInstruction, outcome: Outcome) -> list[int]:
-    """The table entries that led to a #PF because of a reserved bit."""
+    """The table entries that led to a #PF because of a reserved bit, as the instruction has left them."""
     case = instruction.case
     if not is_physical(case) or not _page_fault(outcome):
         return []
@@ -126,7 +126,7 @@ def _reserved_bits(instruction: CaseInstruction, outcome: Outcome) -> list[int]:
     if not (code or 0) & PFERR_RSVD:
         return []
     system = case.system
-    pages = case_memory(case).pages
+    pages = {**case_memory(case).pages, **outcome.pages}
     return walk(pages, system.cr0, system.cr3, system.cr4, system.efer, address or 0)[0]
 
 

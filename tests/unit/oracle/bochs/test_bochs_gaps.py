@@ -107,6 +107,8 @@ PROOFS = {
     "bochs-table-register-order": (
         make("prot64", "0f0117", cpl=0, rdi=END), fault(14, 0, END + 2),
         make("prot32", "0f0117", cpl=0, rdi=END)),
+    "bochs-table-store-order": (
+        make("real", "660f010f", rbx=0xFFFD), fault(14, 0, 0xFFFD), make("real", "660f010f", rbx=0xFFFA)),
     "bochs-real-code-segment": (
         make("prot32", "0f22c0", cpl=0, rax=0x32), lambda c, o: o.system.seg[1].type == 3,
         make("prot32", "0f22c0", cpl=0, rax=0x33)),
