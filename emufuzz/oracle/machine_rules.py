@@ -27,6 +27,7 @@ from emufuzz.case.model import Case, Fault, Outcome, case_memory, is_physical
 from emufuzz.case.translate import walk
 from emufuzz.oracle.device_trace import DEVICE_TRACE, has_pieces, joined, trace_of
 from emufuzz.oracle.gaps import vouches_for_nothing
+from emufuzz.oracle.guest_width import guest_width
 from emufuzz.oracle.operands import prefix_facts
 
 if TYPE_CHECKING:
@@ -191,6 +192,21 @@ def accessed_before_fault(
     if not is_physical(case) or subject.exception is None or subject.exception[0] != PF_VECTOR:
         return False
     return all(d.field == "mem" and _adds_only(d, _ACCESSED) for d in differences)
+
+
+def walked_before_width(
+    case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]
+) -> bool:
+    """A MAXPHYADDR that only KVM knows: the processor's walk, which exits, has set A and D before the #PF.
+
+    KVM: handle_ept_violation, with the module's parameter allow_smaller_maxphyaddr.
+    """
+    fault = subject.exception
+    reserved = fault is not None and fault[0] == PF_VECTOR and (fault[1] or 0) & PFERR_RSVD
+    if not reserved or fault != oracle.exception or guest_width(case) is None:
+        return False
+    swapped = (d._replace(subject=d.oracle, oracle=d.subject) for d in differences)
+    return all(d.field == "mem" and _adds_only(d, _ACCESSED | _DIRTY) for d in swapped)
 
 
 def _adds_only(difference: Difference, bits: int) -> bool:

@@ -21,6 +21,7 @@ from emufuzz.oracle.machine_rules import (
     undefined_fetch,
     undefined_under_trap,
     unwalked_write,
+    walked_before_width,
     wide_large_page,
 )
 from emufuzz.oracle.path_rules import (
@@ -99,6 +100,10 @@ MACHINE_QUIRKS: Final[tuple[Quirk, ...]] = (
     Quirk("kvm-quirk-55-unwalked-write", None,
           "what reads MMIO and then writes to it uses the known address and sets no dirty bit",
           "SDM Vol. 3A 4.8", unwalked_write),
+    Quirk("kvm-walked-before-width", None,
+          "where the guest's MAXPHYADDR is smaller than the processor's, the walk that exits has set accessed"
+          " and dirty bits before the #PF for a reserved one",
+          "SDM Vol. 3A 4.8", walked_before_width, frozenset(("ept-violation-maxphyaddr",))),
     Quirk("kvm-accessed-before-fault", None,
           "a walk that ends in a fault sets no accessed bits; processors may do either",
           "SDM Vol. 3A 4.8", accessed_before_fault),

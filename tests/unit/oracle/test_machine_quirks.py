@@ -67,6 +67,20 @@ def accessed():
     return case, ours, theirs
 
 
+def beyond_width():
+    """A store through an entry that the guest's MAXPHYADDR reserves: the walk has set its dirty bit."""
+    entry = 1 << 38 | P | RW | A
+    width = {"kvm": {"cpuid": {"maxphyaddr": 36}}}
+    case = physical("4-level", "8906", [(0, entry)], rsi=0x9000, extra=width)
+    case = msgspec.structs.replace(case, path="ept-violation-maxphyaddr")
+    _, ours, theirs = faults(case, "89", (14, 0xB, 0x9000), (14, 0xB, 0x9000))
+    at = entry_places(case, 0x9000)[0][-1]
+    page = bytearray(case_pages(case)[at >> 12])
+    page[at & 0xFFF] |= D
+    ours.pages = {at >> 12: bytes(page)}
+    return case, ours, theirs
+
+
 def unwalked():
     """Unicorn has set the dirty bit of a page in which a device was read and written."""
     case = physical("4-level", "0106", [(0, 0xFEB00000 | P | RW | A)], rsi=0x9000)
@@ -294,6 +308,7 @@ CASES = {
                                             [read(0xB000, "01"), read(0xB002, "02")],
                                             [read(0xB000, "01"), read(0xB001, "02")]),
     "kvm-quirk-55-unwalked-write":    unwalked(),
+    "kvm-walked-before-width":        beyond_width(),
     "kvm-accessed-before-fault":      accessed(),
     "kvm-fetch-bit-without-pae":      fetched(),
     "kvm-pse36-width":                wide_page(),
