@@ -67,7 +67,7 @@ class RulesOracle:
         """
         outcome = self._run(case)
         if outcome.exception is None:
-            fault = first_due(judge_case(case), subject)
+            fault = first_due(case, subject)
             if fault is not None:
                 outcome.rc, outcome.exception = "propagate_fault", fault
         return outcome
@@ -75,7 +75,7 @@ class RulesOracle:
     @staticmethod
     def _run(case: Case) -> Outcome:
         view = case if case.path is None and case.extra is None else judge_case(case)
-        fault = determined(view)
+        fault = determined(case)
         outcome = Outcome(case.id, view.gpr, view.rip, view.rflags, view.system, unchecked=_ALL)
         if fault is not None:
             outcome.rc, outcome.exception = "propagate_fault", fault

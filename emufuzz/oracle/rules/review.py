@@ -180,16 +180,23 @@ def _stopped(view: View, outcome: Outcome) -> View:
     return stopped
 
 
+def view_of(case: Case) -> View:
+    """The view of a case as hardware executes it, in the memory that KVM has been given."""
+    if case.path is None and case.extra is None:
+        return View(case)
+    view = View(judge_case(case))
+    view.slots = None if case.path is None else kvm_of(case).get("memslots")
+    return view
+
+
 def review(case: Case, outcome: Outcome) -> tuple[Violation, ...]:
     """Every rule that an outcome breaks, faults first; nothing for cases and outcomes that none judges."""
     if not _judged(case, outcome):
         return ()
-    slots = None if case.path is None else kvm_of(case).get("memslots")
+    view = view_of(case)
     if case.path is not None or case.extra is not None:
-        case, outcome = judge_case(case), without_priority(case, native_outcome(case, outcome))
-    view = View(case)
-    view.slots = slots
-    if slots is not None and not _in_slots(view, slots):
+        outcome = without_priority(case, native_outcome(case, outcome))
+    if view.slots is not None and not _in_slots(view, view.slots):
         return ()  # there is no code
     selected = rules_for(view.insn)
     now = _stopped(view, outcome)
@@ -231,14 +238,14 @@ def early_faults(view: View) -> set[Fault]:
 
 def first_due(case: Case, outcome: Outcome) -> Fault | None:
     """The first exception that is due where an outcome stopped, None if there is none."""
-    view = _stopped(View(case), outcome)
+    view = _stopped(view_of(case), outcome)
     due = faults_due(view, rules_for(view.insn))
     return due[0][1] if due else None
 
 
 def determined(case: Case) -> Fault | None:
     """The one exception that must come, None if there is none or the rules leave a choice."""
-    view = View(case)
+    view = view_of(case)
     due = faults_due(view, rules_for(view.insn))
     faults = {fault for _, fault in due}
     if len(faults) != 1:

@@ -42,6 +42,8 @@ from emufuzz.oracle.unicorn.prefixes import makes_shadow, rep_string
 #: Unicorn's physical addresses have 40 bits; a processor may have up to 52.
 _ABOVE_40_BITS: Final = 0xFFF << 40
 #: Of a PDPTE in PAE paging: bits 8:5 and 2:1, and what is above 52 address bits (SDM Vol. 3A Table 4-8).
+_MOV_TO_CONTROL: Final = b"\x0f\x22"
+_PDPT_ADDRESS: Final = 0xFFFF_FFE0  # of CR3 with PAE paging (SDM Vol. 3A 4.4.1)
 _PDPTE_RESERVED: Final = 0xFFF0_0000_0000_01E6
 _APIC_BASE: Final = 0xFEE00
 _PORT_OPCODES: Final = frozenset((*range(0x6C, 0x70), *range(0xE4, 0xE8), *range(0xEC, 0xF0)))
@@ -135,24 +137,30 @@ def _physical_width(instruction: CaseInstruction, outcome: Outcome) -> bool:
 
 
 def _pdpte(instruction: CaseInstruction, _outcome: Outcome) -> bool:
-    """One of the four PDPTEs of PAE paging, be it switched on just now, is present and has a reserved bit."""
+    """One of the four PDPTEs of PAE paging, be they loaded just now, is present and has a reserved bit.
+
+    Or they are loaded from where no memory is.
+    """
     case = instruction.case
-    system, (cr0, cr4) = case.system, _controls(instruction)
+    system, (cr0, cr3, cr4) = case.system, _controls(instruction)
     pae = cr0 & X86_CR0_PG and cr4 & X86_CR4_PAE and not system.efer & EFER_LMA
     if not pae:
         return False
     pages = case_memory(case).pages if is_physical(case) else case_pages(case)
-    quarters = (walk(pages, cr0, system.cr3, cr4, 0, n << 30)[0][0] for n in range(4))
+    loads = instruction.opcode[:2] == _MOV_TO_CONTROL
+    if loads and is_physical(case) and (cr3 & _PDPT_ADDRESS) >> PAGE_SHIFT not in pages:
+        return True
+    quarters = (walk(pages, cr0, cr3, cr4, 0, n << 30)[0][0] for n in range(4))
     return any(entry & 1 and entry & _PDPTE_RESERVED for entry in quarters)
 
 
-def _controls(instruction: CaseInstruction) -> tuple[int, int]:
-    """CR0 and CR4 as MOV to one of them loads it, or as they are."""
+def _controls(instruction: CaseInstruction) -> tuple[int, int, int]:
+    """CR0, CR3 and CR4 as MOV to one of them loads it, or as they are."""
     system, decoded = instruction.case.system, instruction.decode(lax=True)
-    if decoded.mnemonic != Mnemonic.MOV or decoded.op0_register not in {Register.CR0, Register.CR4}:
-        return system.cr0, system.cr4
-    value = instruction.case.gpr[RegisterExt.number(decoded.op1_register)]
-    return (value, system.cr4) if decoded.op0_register == Register.CR0 else (system.cr0, value)
+    known = {Register.CR0: system.cr0, Register.CR3: system.cr3, Register.CR4: system.cr4}
+    if decoded.mnemonic == Mnemonic.MOV and decoded.op0_register in known:
+        known[decoded.op0_register] = instruction.case.gpr[RegisterExt.number(decoded.op1_register)]
+    return known[Register.CR0], known[Register.CR3], known[Register.CR4]
 
 
 def _guest_width(instruction: CaseInstruction, _outcome: Outcome) -> bool:

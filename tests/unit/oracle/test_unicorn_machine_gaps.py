@@ -85,6 +85,7 @@ PROOFS = {
                                       extra={"kvm": {"cpuid": {"maxphyaddr": 36}}}), completes),
     "pdpte-load":           (physical("pae", "8b06", [(2, 0x101000 | 1 << 63 | P)], rsi=0x9000), reserved),
     "pdpte-load, ignored":  (physical("pae", "8b06", [(2, 0x101000 | 1 << 5 | P)], rsi=0x9000), completes),
+    "pdpte-load, hole":     (physical("pae", "0f22d8", rax=0x700000), takes_all_pdptes),
     "pdpte-load, CR4":      (physical("2-level", "0f22e0", [(1, 1 << 5 | P)], rax=0x620), takes_all_pdptes),
     "next-fetch-accessed":  (physical("4-level", "fb", [(0, 0x9000 | P | RW)], rip=0x8FFF), accessed),
 }
