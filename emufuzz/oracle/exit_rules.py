@@ -354,11 +354,12 @@ def sysenter_address(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[
     """WRMSR of an address that is not canonical: KVM extends the sign of it."""
     index = case.gpr[VCPU_REGS_RCX] & _MASK32
     value = case.gpr[VCPU_REGS_RDX] << 32 & _MASK64 | case.gpr[VCPU_REGS_RAX] & _MASK32
-    extended = sign_extended(value, linear_bits(case.system.cr4))
+    la57 = kvm_of(case).get("knobs", {}).get("host_la57")  # the host's width counts
+    extended = sign_extended(value, 57 if la57 else linear_bits(case.system.cr4))
     return bool(
         index in _SYSENTER
         and extended != value
-        and subject.exception in {None, _TRAP}
+        and subject.exception is None
         and oracle.exception == _GP0
         and subject.gpr == case.gpr
         and not subject.pages

@@ -17,7 +17,7 @@ from emufuzz.case.devices import MMIO, DeviceAccess, trace_to_obj
 from emufuzz.case.model import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Case, Outcome, case_pages, is_physical
 from emufuzz.oracle.device_trace import DEVICE_TRACE, trace_of
 from emufuzz.oracle.gaps import vouches_for_nothing
-from emufuzz.oracle.instruction import CaseInstruction
+from emufuzz.oracle.instruction import Access, CaseInstruction
 from emufuzz.oracle.machine_rules import is_walk, port_read_ahead
 from emufuzz.oracle.operands import place_of, prefix_facts
 from emufuzz.oracle.quirk_rules import split_write
@@ -118,6 +118,20 @@ def port_read_before_split(
     return written and port_read_ahead(case, subject, oracle, trace)
 
 
+def _pushed_for_fault(case: Case, subject: Outcome, oracle: Outcome, stack: Access) -> bool:
+    """The same where the stack's page is absent: the push that should fault went to the device."""
+    fault, trace = oracle.exception, trace_of(subject) or ()
+    if subject.exception is not None or fault is None or fault[0] != PF_VECTOR or fault[2] != stack.linear:
+        return False
+    if len(trace) < 2 or trace[-2].write or trace[-2].addr != trace[-1].addr:
+        return False
+    back = case.rip + int(CaseInstruction(case).decode(lax=True).len) & (1 << 8 * stack.size) - 1
+    pushed = DeviceAccess(
+        MMIO, trace[-1].addr, stack.size, write=True, data=back.to_bytes(stack.size, "little")
+    )
+    return trace[-1] == pushed and not (pushed.addr ^ stack.linear) & PAGE_MASK and not subject.pages
+
+
 def pushed_to_operand(
     case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]
 ) -> bool:
@@ -127,9 +141,12 @@ def pushed_to_operand(
     """
     from emufuzz.oracle.compare import compare  # noqa: PLC0415 - which looks for quirks
 
-    if not {difference.field for difference in differences} <= {"mem", DEVICE_TRACE}:
-        return False
+    fields = {difference.field for difference in differences}
     stack = next((a for a in CaseInstruction(case).accesses if a.write), None)
+    if fields == {"exception"} and stack is not None:
+        return _pushed_for_fault(case, subject, oracle, stack)
+    if not fields <= {"mem", DEVICE_TRACE}:
+        return False
     (target,) = (trace_of(oracle) or ())[-1:] or (None,)
     if stack is None or target is None or target.write or (target.addr ^ stack.linear) & PAGE_MASK:
         return False

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
+from emufuzz.arch.exceptions import DB_VECTOR
 from emufuzz.case.model import Case, Outcome
 from emufuzz.oracle.device_trace import DEVICE_TRACE
 from emufuzz.oracle.native_view import judge_case
@@ -46,16 +49,30 @@ def explaining_quirk(
     """The id of the first quirk that explains all differences, or None.
 
     The rules get the case as hardware executes it natively. Accesses that a log of callbacks or
-    the devices of an exit path show may have a quirk of their own beside that of the rest.
+    the devices of an exit path show may have a quirk of their own beside that of the rest. A single-step trap
+    is of the end of an instruction: what explains a fault there that only one side has explains it with the
+    trap of the other one, too.
     """
     found = _one_quirk(case, subject, oracle, differences)
+    both = subject.exception is not None and oracle.exception is not None
+    if not found and both and is_trapped(subject) != is_trapped(oracle):
+        found = _one_quirk(case, _untrapped(subject), _untrapped(oracle), differences)
     accesses = [difference for difference in differences if difference.field == DEVICE_TRACE]
     logged = subject.events or case.path is not None
     if found or not logged or not accesses or len(accesses) == len(differences):
         return found
     rest = [difference for difference in differences if difference.field != DEVICE_TRACE]
-    both = [_one_quirk(case, subject, oracle, part) for part in (rest, accesses)]
-    return None if None in both else "+".join(filter(None, both))
+    parts = [_one_quirk(case, subject, oracle, part) for part in (rest, accesses)]
+    return None if None in parts else "+".join(filter(None, parts))
+
+
+def is_trapped(outcome: Outcome) -> bool:
+    """The instruction is done, and a single-step trap follows."""
+    return outcome.rc == "continue" and outcome.exception == (DB_VECTOR, None, None)
+
+
+def _untrapped(outcome: Outcome) -> Outcome:
+    return msgspec.structs.replace(outcome, exception=None) if is_trapped(outcome) else outcome
 
 
 def _one_quirk(

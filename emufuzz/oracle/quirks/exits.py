@@ -36,7 +36,7 @@ EXIT_QUIRKS: Final[tuple[Quirk, ...]] = (
           "SDM Vol. 2A INT n", table_limit, frozenset(("rmode-inject",)), of_exit=True),
     Quirk("kvm-sysenter-address", None,
           "WRMSR to IA32_SYSENTER_ESP and _EIP takes an address that is not canonical and extends its sign",
-          "SDM Vol. 2B WRMSR", sysenter_address, frozenset(PATHS)),
+          "SDM Vol. 2B WRMSR", sysenter_address, frozenset(PATHS), of_exit=True),
     Quirk("kvm-quirk-15-read-before-umip", frozenset(("0f00/0", "0f00/1")),
           "SLDT and STR that CR4.UMIP forbids read their destination first, which may be #PF",
           "SDM Vol. 3A 6.9", read_before_umip, frozenset(PATHS)),

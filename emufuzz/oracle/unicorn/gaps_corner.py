@@ -104,7 +104,7 @@ def _movnti_prefix(instruction: CaseInstruction, _outcome: Outcome) -> bool:
     return instruction.opcode[:2] == b"\x0f\xc3" and bool({0x66, 0xF2, 0xF3} & set(instruction.prefixes))
 
 
-def _far_stack_fault(instruction: CaseInstruction, outcome: Outcome) -> bool:
+def far_stack_fault(instruction: CaseInstruction, outcome: Outcome) -> bool:
     """A #PF of a far call or return, which use the stack."""
     opcode = instruction.opcode
     call = opcode[:1] == b"\x9a" or (opcode[:1] == b"\xff" and opcode[1] >> 3 & 7 == 3)
@@ -293,7 +293,7 @@ CORNER_GAPS: Final[tuple[Gap, ...]] = (
     _gap("movnti-prefix", _movnti_prefix,
          "66, F2 and F3 in front of MOVNTI are ignored instead of #UD",
          "SDM Vol. 2B MOVNTI"),
-    _gap("far-stack-supervisor", _far_stack_fault,
+    _gap("far-stack-supervisor", far_stack_fault,
          "far calls and returns use the stack with the rights of the supervisor",
          "SDM Vol. 3A 4.7", ("exception.error_code",)),
     _gap("far-long-wide", _long_and_wide,

@@ -10,10 +10,10 @@ from typing import Final
 
 from iced_x86 import Mnemonic, Register, RegisterExt
 
-from emufuzz.arch.cr import EFER_LMA, X86_CR0_PG, X86_CR4_PAE
-from emufuzz.arch.exceptions import PF_VECTOR, PFERR_RSVD
+from emufuzz.arch.cr import EFER_LMA, X86_CR0_PG, X86_CR4_PAE, X86_CR4_SMAP
+from emufuzz.arch.exceptions import PF_VECTOR, PFERR_PRESENT, PFERR_RSVD, PFERR_USER
 from emufuzz.arch.regs import VCPU_SREG_CS
-from emufuzz.arch.rflags import X86_EFLAGS_IOPL
+from emufuzz.arch.rflags import X86_EFLAGS_AC, X86_EFLAGS_IOPL
 from emufuzz.case.devices import MMIO, DeviceAccess
 from emufuzz.case.model import (
     PAGE_MASK,
@@ -34,6 +34,7 @@ from emufuzz.oracle.instruction import CaseInstruction
 from emufuzz.oracle.rules.privilege import bitmap_denies
 from emufuzz.oracle.rules.view import View
 from emufuzz.oracle.unicorn.engine import UNICORN_VERSION
+from emufuzz.oracle.unicorn.gaps_corner import far_stack_fault
 from emufuzz.oracle.unicorn.hidden import hidden_access
 from emufuzz.oracle.unicorn.image import cpl_of
 from emufuzz.oracle.unicorn.operand_order import COMPARES, shares_stream
@@ -42,6 +43,7 @@ from emufuzz.oracle.unicorn.prefixes import makes_shadow, rep_string
 #: Unicorn's physical addresses have 40 bits; a processor may have up to 52.
 _ABOVE_40_BITS: Final = 0xFFF << 40
 #: Of a PDPTE in PAE paging: bits 8:5 and 2:1, and what is above 52 address bits (SDM Vol. 3A Table 4-8).
+_USER: Final = 3
 _MOV_TO_CONTROL: Final = b"\x0f\x22"
 _PDPT_ADDRESS: Final = 0xFFFF_FFE0  # of CR3 with PAE paging (SDM Vol. 3A 4.4.1)
 _PDPTE_RESERVED: Final = 0xFFF0_0000_0000_01E6
@@ -154,6 +156,16 @@ def _pdpte(instruction: CaseInstruction, _outcome: Outcome) -> bool:
     return any(entry & 1 and entry & _PDPTE_RESERVED for entry in quarters)
 
 
+def _guarded_stack(instruction: CaseInstruction, outcome: Outcome) -> bool:
+    """CR4.SMAP keeps a supervisor from the stack that a far transfer of CPL 3 uses."""
+    case = instruction.case
+    guarded = case.system.cr4 & X86_CR4_SMAP and not case.rflags & X86_EFLAGS_AC
+    if not guarded or cpl_of(case.system, case.mode) != _USER or not far_stack_fault(instruction, outcome):
+        return False
+    _, code, _ = outcome.exception or (0, 0, 0)
+    return (code or 0) & (PFERR_PRESENT | PFERR_USER) == PFERR_PRESENT
+
+
 def _controls(instruction: CaseInstruction) -> tuple[int, int, int]:
     """CR0, CR3 and CR4 as MOV to one of them loads it, or as they are."""
     system, decoded = instruction.case.system, instruction.decode(lax=True)
@@ -227,6 +239,9 @@ MACHINE_GAPS: Final[tuple[Gap, ...]] = (
     _gap("pdpte-load", _pdpte,
          "reserved bits of PDPTEs are found on use, or not at all; MOV to a control register would raise #GP",
          "SDM Vol. 3A 4.4.1"),
+    _gap("far-stack-smap", _guarded_stack,
+         "far calls and returns use a user's stack with the rights of the supervisor, which CR4.SMAP refuses",
+         "SDM Vol. 3A 4.6.1"),
     _gap("next-fetch-accessed", _next_fetch,
          "the tables of the next instruction's page get their accessed bits before it runs",
          "SDM Vol. 3A 4.8", ("mem",)),

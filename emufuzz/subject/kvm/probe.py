@@ -293,6 +293,7 @@ def _context(machine: KvmMachine) -> X86EmulateCtxt:
         init_emulate_ctxt(machine)
     finally:
         machine.ctxt = own
+    probed.enable_vmware_backdoor = False  # it is KVM's: a processor asks the permission bitmap
     return probed
 
 

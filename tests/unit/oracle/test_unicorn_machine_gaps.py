@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from support.machine_cases import PORT, RW, STREAM, SYSTEMS, A, D, P, case_of, entry, physical, run, trace
+from support.machine_cases import PORT, RW, STREAM, SYSTEMS, US, A, D, P, case_of, entry, physical, run, trace
 
+from emufuzz.arch.cr import X86_CR4_PAE, X86_CR4_SMAP
 from emufuzz.case.build import build_system
 from emufuzz.case.model import Memory, TableRegister
 from emufuzz.oracle.unicorn.gaps_machine import MACHINE_GAPS
@@ -57,6 +58,13 @@ def completes(outcome, case):
     return outcome.exception is None and outcome.rip == case.rip + 2
 
 
+GUARDED = build_system("prot64", 3, cr4=0x600 | X86_CR4_PAE | X86_CR4_SMAP)
+
+
+def refuses_stack(outcome, _case):
+    return outcome.exception == (14, 1, 0x9000)
+
+
 def takes_all_pdptes(outcome, _case):
     """The directory of 32-bit paging has entries that are no PDPTEs: the next fetch may find it out."""
     return outcome.exception in {None, (14, 0, 0x6000)}
@@ -87,6 +95,8 @@ PROOFS = {
     "pdpte-load, ignored":  (physical("pae", "8b06", [(2, 0x101000 | 1 << 5 | P)], rsi=0x9000), completes),
     "pdpte-load, hole":     (physical("pae", "0f22d8", rax=0x700000), takes_all_pdptes),
     "pdpte-load, CR4":      (physical("2-level", "0f22e0", [(1, 1 << 5 | P)], rax=0x620), takes_all_pdptes),
+    "far-stack-smap":       (physical("4-level", "cb", [(0, 0x9000 | P | RW | US)], user=True, rsp=0x9000,
+                                      system=GUARDED), refuses_stack),
     "next-fetch-accessed":  (physical("4-level", "fb", [(0, 0x9000 | P | RW)], rip=0x8FFF), accessed),
 }
 # fmt: on

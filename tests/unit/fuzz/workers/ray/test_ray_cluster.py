@@ -103,8 +103,10 @@ def test_a_start_that_fails_is_tried_again(monkeypatch, ray_parts, failures):
 
 
 def test_a_clusters_processes_are_known_by_its_directory(tmp_path, ray_parts):
-    command = [sys.executable, "-c", "input()", str(tmp_path / "socket")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+    command = [sys.executable, "-c", "print(flush=True); input()", str(tmp_path / "socket")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()  # before, it may not have its command line yet
         assert ray_parts[0]._processes_of(str(tmp_path)) == [process.pid]
         assert ray_parts[0]._processes_of(str(tmp_path), "raylet/raylet") == []
         process.communicate(b"\n")
