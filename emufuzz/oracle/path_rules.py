@@ -12,15 +12,16 @@ import msgspec
 
 from emufuzz.arch import cr
 from emufuzz.arch.exceptions import DB_VECTOR, GP_VECTOR, PF_VECTOR, PFERR_PRESENT, PFERR_WRITE
-from emufuzz.arch.regs import VCPU_REGS_RCX
+from emufuzz.arch.regs import GPR_NAMES, VCPU_REGS_RCX
 from emufuzz.case.devices import MMIO, DeviceAccess, trace_to_obj
 from emufuzz.case.model import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Case, Outcome, case_pages, is_physical
 from emufuzz.oracle.device_trace import DEVICE_TRACE, trace_of
 from emufuzz.oracle.gaps import vouches_for_nothing
 from emufuzz.oracle.instruction import Access, CaseInstruction
 from emufuzz.oracle.machine_rules import is_walk, port_read_ahead
-from emufuzz.oracle.operands import place_of, prefix_facts
+from emufuzz.oracle.operands import modrm, place_of, prefix_facts
 from emufuzz.oracle.quirk_rules import split_write
+from emufuzz.oracle.rules.decoded import MAX_INSTRUCTION
 
 if TYPE_CHECKING:
     from emufuzz.oracle.compare import Difference
@@ -30,6 +31,9 @@ _MOV_DR: Final = frozenset((b"\x0f\x21", b"\x0f\x23"))
 _MOV_TO_CR: Final = b"\x0f\x22"
 _WRMSR: Final = b"\x0f\x30"
 _HLT: Final = b"\xf4"
+_REGISTER: Final = 3  # mod of ModRM
+#: What another instruction behind the case's may change.
+_OF_ANOTHER: Final = frozenset(("rip", "rflags", "mem", *GPR_NAMES))
 _BASE_MSRS: Final = {0xC0000100: "seg.fs", 0xC0000101: "seg.gs"}
 _VMXE: Final = 1 << 13
 #: Bits of CR4 that CPUID announces (SDM Vol. 3A 2.5) and the default guest may not have.
@@ -48,18 +52,27 @@ def debug_registers_later(case: Case, subject: Outcome, _oracle: Outcome, _: Seq
 def emulates_on(case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]) -> bool:
     """Real mode as virtual-8086 mode: once CR0.PE is set hardware cannot enter, and KVM goes on emulating.
 
-    What it comes to is the HLT behind the instruction, which changes nothing but RIP.
+    What it comes to is the HLT behind the instruction, which changes nothing but RIP; or, where the bytes of
+    a displacement follow that MOV to CR0 does not have, an instruction that they make.
     """
     length = int(CaseInstruction(case).decode(lax=True).len)
     ends = (case.rip + length, subject.system.cr0 & cr.X86_CR0_PE)
+    fields, further = {difference.field for difference in differences}, subject.rip - ends[0]
+    if case.code[length : length + 1] == _HLT:
+        goes_on = fields == {"rip"} and further == len(_HLT)
+    else:
+        goes_on = _has_displacement(case) and fields <= _OF_ANOTHER and 0 < further <= MAX_INSTRUCTION
     return (
-        case.mode == "real"
+        goes_on
+        and case.mode == "real"
         and bool(subject.system.cr0 & cr.X86_CR0_PE)
-        and {difference.field for difference in differences} == {"rip"}
         and (vouches_for_nothing(oracle) or (oracle.rip, oracle.system.cr0 & cr.X86_CR0_PE) == ends)
-        and case.code[length : length + 1] == _HLT
-        and subject.rip == ends[0] + len(_HLT)
     )
+
+
+def _has_displacement(case: Case) -> bool:
+    """MOV to a control register whose ModRM asks for a displacement, which it does not have (SDM Vol. 2B)."""
+    return _opcode(case) == _MOV_TO_CR and modrm(case)[0] != _REGISTER
 
 
 def missing_feature(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]) -> bool:

@@ -57,7 +57,9 @@ def table_operands(case: Case, subject: Outcome) -> Iterator[tuple[Case, Outcome
         offset = place & PAGE_MASK
         pages = {part >> PAGE_SHIFT for part in parts if part & PAGE_MASK == offset}
         others = {part >> PAGE_SHIFT for part in parts if part & PAGE_MASK != offset}
-        if pages and not pages & others and _read_only(case, place):
+        # What faults may not have come to the other accesses that such a page has.
+        alone = not pages & others or subject.exception is not None
+        if pages and alone and _read_only(case, place):
             yield _moved(case, subject, place >> PAGE_SHIFT, pages)
 
 
