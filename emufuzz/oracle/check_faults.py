@@ -25,6 +25,7 @@ from emufuzz.arch.regs import (
 )
 from emufuzz.arch.rflags import X86_EFLAGS_DF
 from emufuzz.case.model import PAGE_MASK, PAGE_SIZE, Case, Fault, Outcome
+from emufuzz.oracle.device_trace import DEVICE_TRACE, trace_of
 from emufuzz.oracle.operands import changed_bytes, operand_size, prefix_facts
 from emufuzz.oracle.rules.memory import segment_fault
 from emufuzz.oracle.rules.privilege import bitmap_unknown
@@ -73,10 +74,13 @@ def address_first(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Dif
     return bool(wide) and disabled and subject.exception == _GP0 and oracle.exception == _UD
 
 
-def read_before_check(case: Case, subject: Outcome, oracle: Outcome, _: Sequence[Difference]) -> bool:
+def read_before_check(
+    case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]
+) -> bool:
     """Read and write of a segment that can only be read: KVM reads first, so #PF comes before #GP or #SS.
 
-    In real mode, too, if CS or SS is such a segment, with which hardware cannot enter the guest.
+    In real mode, too, if CS or SS is such a segment, with which hardware cannot enter the guest. A device is
+    read in vain.
     """
     view, ours = View(case), subject.exception
     access = view.explicit
@@ -92,6 +96,9 @@ def read_before_check(case: Case, subject: Outcome, oracle: Outcome, _: Sequence
         return False
     if not (reference.write and seg.p and readable and view.wrong_type(access)):
         return False
+    if {difference.field for difference in differences} == {DEVICE_TRACE}:
+        read, asked = trace_of(subject) or (), trace_of(oracle)
+        return ours == oracle.exception and not asked and not any(access.write for access in read)
     code = PFERR_WRITE | (PFERR_USER if view.cpl == 3 else 0)
     return ours[:2] == (PF_VECTOR, code) and ours[2] in _places(view, access)
 

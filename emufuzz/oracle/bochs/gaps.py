@@ -13,7 +13,7 @@ from iced_x86 import CpuidFeature, Mnemonic
 
 from emufuzz.arch.cr import X86_CR0_PE
 from emufuzz.arch.exceptions import GP_VECTOR, PF_VECTOR, UD_VECTOR
-from emufuzz.arch.regs import VCPU_REGS_RCX, VCPU_SREG_ES, VCPU_SREG_SS
+from emufuzz.arch.regs import VCPU_REGS_RCX, VCPU_SREG_CS, VCPU_SREG_ES, VCPU_SREG_SS
 from emufuzz.arch.rflags import X86_EFLAGS_IOPL, X86_EFLAGS_RF, X86_EFLAGS_TF
 from emufuzz.case.model import PAGE_MASK, PAGE_SIZE, Outcome, code_address
 from emufuzz.oracle.bochs.state import STATE_MSRS
@@ -45,6 +45,7 @@ _BREAKPOINTS: Final = 0xFF
 _END_OF_SEGMENT: Final = 0x10000
 _END_OF_OFFSETS: Final = 1 << 32
 _IMAGE: Final = 512
+_ADDRESS_SIZE: Final = 0x67
 _LONGEST: Final = 15
 _LIMIT: Final = 2  # bytes of a table register's limit, in front of the base
 _FEW_PREFIXES: Final = 4  # behind them opcode, ModRM, SIB, displacement and immediate still fit
@@ -110,10 +111,15 @@ def _pointer_order(instruction: CaseInstruction, outcome: Outcome) -> bool:
 
 
 def _pointer_limit(instruction: CaseInstruction, outcome: Outcome) -> bool:
-    """A #PF of a far pointer whose offset is not within the limit of its segment."""
+    """A #PF of a far pointer whose offset, or whose selector, is not within the limit of its segment."""
     seg = instruction.case.system.seg
+    short = bool(seg[VCPU_SREG_CS].db) == (_ADDRESS_SIZE in instruction.prefixes)
     return _pointer_order(instruction, outcome) and any(
-        access.read and outside_limit(seg[access.segment], access.offset, access.size - _SELECTOR)
+        access.read
+        and (
+            outside_limit(seg[access.segment], access.offset, access.size - _SELECTOR)
+            or (short and access.offset < _END_OF_SEGMENT < access.offset + access.size)
+        )
         for access in instruction.accesses
         if not instruction.long
     )
@@ -321,7 +327,8 @@ BOCHS_GAPS: Final[tuple[Gap, ...]] = (
          "of a far pointer, also that of RETF and IRET, the selector is read before the offset",
          "SDM Vol. 2A LDS", ("exception.address", "exception.error_code")),
     _gap("far-pointer-limit", _pointer_limit,
-         "the selector of a far pointer is read before the limit is checked for the offset",
+         "the selector of a far pointer is read before the limit is checked for the offset, and from 0 on if"
+         " it is behind FFFFH and addresses have 16 bits",
          "SDM Vol. 3A 6.9", ("exception",)),
     _gap("table-register-order", _table_register_order,
          "LGDT and LIDT in 64-bit mode read the base before the limit",

@@ -50,12 +50,11 @@ def explaining_quirk(
 
     The rules get the case as hardware executes it natively. Accesses that a log of callbacks or
     the devices of an exit path show may have a quirk of their own beside that of the rest. A single-step trap
-    is of the end of an instruction: what explains a fault there that only one side has explains it with the
-    trap of the other one, too.
+    is of the end of an instruction: what explains how that ends explains it with the trap, too.
     """
     found = _one_quirk(case, subject, oracle, differences)
     both = subject.exception is not None and oracle.exception is not None
-    if not found and both and is_trapped(subject) != is_trapped(oracle):
+    if not found and both and (is_trapped(subject) or is_trapped(oracle)):
         found = _one_quirk(case, _untrapped(subject), _untrapped(oracle), differences)
     accesses = [difference for difference in differences if difference.field == DEVICE_TRACE]
     logged = subject.events or case.path is not None
