@@ -145,6 +145,16 @@ def _pushed_for_fault(case: Case, subject: Outcome, oracle: Outcome, stack: Acce
     return trace[-1] == pushed and not (pushed.addr ^ stack.linear) & PAGE_MASK and not subject.pages
 
 
+def _pushed_from_hole(subject: Outcome, oracle: Outcome) -> bool:
+    """The same where the stack is a device, too: what it should get is written to the one that was read."""
+    ours, theirs = trace_of(subject) or [], trace_of(oracle) or []
+    if len(theirs) < 2 or theirs[-2].write or not theirs[-1].write:
+        return False
+    read, pushed = theirs[-2:]
+    moved = pushed._replace(addr=read.addr)
+    return not (read.addr ^ pushed.addr) & PAGE_MASK and ours == [*theirs[:-1], moved]
+
+
 def pushed_to_operand(
     case: Case, subject: Outcome, oracle: Outcome, differences: Sequence[Difference]
 ) -> bool:
@@ -158,6 +168,8 @@ def pushed_to_operand(
     stack = next((a for a in CaseInstruction(case).accesses if a.write), None)
     if fields == {"exception"} and stack is not None:
         return _pushed_for_fault(case, subject, oracle, stack)
+    if fields == {DEVICE_TRACE} and _pushed_from_hole(subject, oracle):
+        return True
     if not fields <= {"mem", DEVICE_TRACE}:
         return False
     (target,) = (trace_of(oracle) or ())[-1:] or (None,)
