@@ -98,7 +98,8 @@ def read_before_check(
         return False
     if {difference.field for difference in differences} == {DEVICE_TRACE}:
         read, asked = trace_of(subject) or (), trace_of(oracle)
-        return ours == oracle.exception and not asked and not any(access.write for access in read)
+        once = sum(part.size for part in read) <= access.size and not any(part.write for part in read)
+        return ours == oracle.exception and once and not asked
     code = PFERR_WRITE | (PFERR_USER if view.cpl == 3 else 0)
     return ours[:2] == (PF_VECTOR, code) and ours[2] in _places(view, access)
 

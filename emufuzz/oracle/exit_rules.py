@@ -280,7 +280,7 @@ def _moved(case: Case, subject: Outcome) -> bool:
         bits = _DR_WRITABLE.get(to, _MASK64)
         dr[to] = gpr[source] & mask & bits | subject.system.dr[to] & ~bits  # the rest reads as it always does
     done = subject.rip == case.rip + int(decoded.len) & mask
-    same = subject.gpr == tuple(gpr) and subject.system.dr == tuple(dr)
+    same = subject.gpr == tuple(gpr) and subject.system == msgspec.structs.replace(case.system, dr=tuple(dr))
     return done and same and not changed_bytes(case, subject)
 
 

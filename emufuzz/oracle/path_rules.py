@@ -12,7 +12,7 @@ import msgspec
 
 from emufuzz.arch import cr
 from emufuzz.arch.exceptions import DB_VECTOR, GP_VECTOR, PF_VECTOR, PFERR_PRESENT, PFERR_WRITE
-from emufuzz.arch.regs import GPR_NAMES, VCPU_REGS_RCX
+from emufuzz.arch.regs import GPR_NAMES, VCPU_REGS_RCX, VCPU_REGS_RSP
 from emufuzz.case.devices import MMIO, DeviceAccess, trace_to_obj
 from emufuzz.case.model import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Case, Outcome, case_pages, is_physical
 from emufuzz.oracle.device_trace import DEVICE_TRACE, trace_of
@@ -142,7 +142,12 @@ def _pushed_for_fault(case: Case, subject: Outcome, oracle: Outcome, stack: Acce
     pushed = DeviceAccess(
         MMIO, trace[-1].addr, stack.size, write=True, data=back.to_bytes(stack.size, "little")
     )
-    return trace[-1] == pushed and not (pushed.addr ^ stack.linear) & PAGE_MASK and not subject.pages
+    gpr, top = list(subject.gpr), case.gpr[VCPU_REGS_RSP]
+    moved = top - gpr[VCPU_REGS_RSP] & 0xFFFF == stack.size
+    gpr[VCPU_REGS_RSP] = top
+    called = tuple(gpr) == case.gpr and subject.rip == int.from_bytes(trace[-2].data, "little")
+    same_place = not (pushed.addr ^ stack.linear) & PAGE_MASK
+    return trace[-1] == pushed and same_place and moved and called and not subject.pages
 
 
 def _pushed_from_hole(subject: Outcome, oracle: Outcome) -> bool:

@@ -35,7 +35,7 @@ from emufuzz.oracle.rules.privilege import bitmap_denies
 from emufuzz.oracle.rules.view import View
 from emufuzz.oracle.unicorn.engine import UNICORN_VERSION
 from emufuzz.oracle.unicorn.gaps_corner import far_stack_fault
-from emufuzz.oracle.unicorn.hidden import hidden_access
+from emufuzz.oracle.unicorn.hidden import hidden_access, modrm_registers
 from emufuzz.oracle.unicorn.image import cpl_of
 from emufuzz.oracle.unicorn.operand_order import COMPARES, shares_stream
 from emufuzz.oracle.unicorn.prefixes import makes_shadow, rep_string
@@ -45,6 +45,7 @@ _ABOVE_40_BITS: Final = 0xFFF << 40
 #: Of a PDPTE in PAE paging: bits 8:5 and 2:1, and what is above 52 address bits (SDM Vol. 3A Table 4-8).
 _USER: Final = 3
 _MOV_TO_CONTROL: Final = b"\x0f\x22"
+_LOAD_PDPTES: Final = frozenset((0, 3, 4))  # MOV to these control registers does
 _PDPT_ADDRESS: Final = 0xFFFF_FFE0  # of CR3 with PAE paging (SDM Vol. 3A 4.4.1)
 _PDPTE_RESERVED: Final = 0xFFF0_0000_0000_01E6
 _APIC_BASE: Final = 0xFEE00
@@ -149,7 +150,7 @@ def _pdpte(instruction: CaseInstruction, _outcome: Outcome) -> bool:
     if not pae:
         return False
     pages = case_memory(case).pages if is_physical(case) else case_pages(case)
-    loads = instruction.opcode[:2] == _MOV_TO_CONTROL
+    loads = instruction.opcode[:2] == _MOV_TO_CONTROL and modrm_registers(case)[0] in _LOAD_PDPTES
     if loads and is_physical(case) and (cr3 & _PDPT_ADDRESS) >> PAGE_SHIFT not in pages:
         return True
     quarters = (walk(pages, cr0, cr3, cr4, 0, n << 30)[0][0] for n in range(4))
